@@ -1,0 +1,41 @@
+"""Floor 3: the networks, registered with timm; importing this package is what registers them."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from torch import nn
+
+from shiftconv.models import shiftresnet
+from shiftconv.names import unknown
+
+__all__ = ["create_model", "list_models"]
+
+_MODULES = [shiftresnet.__name__.rpartition(".")[2]]  # timm's registry knows a network's module by its last name
+
+
+def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """A network of this package, or any other that timm knows: ``timm.create_model`` with helpful errors.
+
+    Args:
+        name: one of :func:`list_models`, or a name of timm's.
+        pretrained: load the weights that timm's registry has for the name.
+        arguments: the network's own, such as ``expansion``, and timm's: ``num_classes``, ``in_chans``,
+            ``global_pool``, ``drop_rate``, ``features_only`` ...
+
+    Raises:
+        ValueError: an unknown name, or a value that makes no network.
+        TypeError: an argument that the network does not have.
+
+    >>> create_model("shiftresnet20", expansion=3, num_classes=100)
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a model must be a string, got {name!r}")
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise unknown("model", name, {*list_models(), *get_close_matches(name, timm.list_models(), n=1, cutoff=0.8)})
+    return timm.create_model(name, pretrained=pretrained, **arguments)
+
+
+def list_models(filter: str = "*") -> list[str]:
+    """The names of this package's networks that match a shell-style ``filter``, in natural order."""
+    return timm.list_models(filter, module=_MODULES)

@@ -1,0 +1,158 @@
+"""Weights from any checkpoint into a network, and from one file format into another."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shiftconv.models import create_model
+from shiftconv.models.convert.checkpoint import Checkpoint, read_checkpoint
+from shiftconv.models.convert.identity import COUNTER, Identity, compare, identify, verify
+
+_StrPath = str | os.PathLike[str]
+# A file may say how its network is built, but not what else is read or downloaded.
+_FORBIDDEN_ARGS = set(inspect.signature(timm.create_model).parameters)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`convert` read and wrote.
+
+    Attributes:
+        source: the file that was read.
+        target: the file that was written.
+        kind: of the source, see :class:`~shiftconv.models.convert.Checkpoint`.
+        model: name of the network.
+        model_args: its arguments.
+        parameters: number of weights, buffers not counted.
+        meta: what else the source said, such as ``epoch`` and ``acc``.
+    """
+
+    source: Path
+    target: Path
+    kind: str
+    model: str
+    model_args: dict[str, Any]
+    parameters: int
+    meta: dict[str, Any]
+
+
+def load_checkpoint(model: nn.Module | None, path: _StrPath) -> nn.Module:
+    """Fill ``model`` with the weights of a file, all of them; or build the network that the file holds.
+
+    Args:
+        model: a network of this package or of timm; None builds one from the file. Unchanged if there is an error.
+        path: see :func:`~shiftconv.models.convert.read_checkpoint`.
+
+    Returns:
+        ``model``, or the new network, on the CPU and in training mode as ``create_model`` makes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, or a weight is missing, left over or of another shape; says which, and
+            which network the file holds instead.
+    """
+    if not (model is None or isinstance(model, nn.Module)):
+        raise TypeError(f"model must be a network or None, got {type(model).__name__}")
+    checkpoint = read_checkpoint(path)
+    model = _build(_identity(checkpoint, path)) if model is None else model
+    needed = model.state_dict()
+    if difference := compare(checkpoint.state_dict, needed):
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {difference}{_what_instead(checkpoint)}")
+    model.load_state_dict(_with_counters(checkpoint.state_dict, needed))
+    return model
+
+
+def _build(identity: Identity) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # the first weights, soon replaced, must not move the global generator
+        return create_model(identity.model, **identity.model_args)
+
+
+def _identity(checkpoint: Checkpoint, path: _StrPath) -> Identity:
+    """What the file says it holds, else what its shapes say; either way it fits."""
+    name, arguments = checkpoint.meta.get("model"), checkpoint.meta.get("model_args", {})
+    try:
+        if name is None:
+            return identify(checkpoint.state_dict)
+        if not isinstance(name, str) or ":" in name:
+            raise ValueError("the name of its network is not one that timm knows")
+        if not isinstance(arguments, dict):
+            raise ValueError("the arguments of its network are not a dict")
+        if refused := _FORBIDDEN_ARGS & set(arguments):
+            raise ValueError(f"a checkpoint must not set {', '.join(sorted(refused))}")
+        identity = Identity(name, arguments)
+        verify(identity, checkpoint.state_dict)
+    except Exception as error:  # constructors were not written for arguments that a file makes up
+        raise ValueError(f"cannot tell the network of {path}: {error}") from error
+    return identity
+
+
+def _what_instead(checkpoint: Checkpoint) -> str:
+    try:
+        return f"; it holds {identify(checkpoint.state_dict)}, which load_checkpoint(None, ...) builds"
+    except ValueError:
+        return ""
+
+
+def _with_counters(state_dict: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` in the order of ``needed``, with zeros for the counters that old files do not have."""
+    zeros = {key: torch.zeros_like(need, device="cpu") for key, need in needed.items() if key.endswith(COUNTER)}
+    return {key: state_dict[key] if key in state_dict else zeros[key] for key in needed}
+
+
+def convert(source: _StrPath, target: _StrPath) -> Report:
+    """Write the weights of any checkpoint as safetensors or as a plain state dict of ``torch.save``.
+
+    Args:
+        source: see :func:`~shiftconv.models.convert.read_checkpoint`.
+        target: ends in ``.safetensors``, with the network's name and arguments, and accuracy and epoch if known, in its
+            metadata; or in ``.pth``. Replaced in one step if it exists: at no time it is half written.
+
+    Raises:
+        FileNotFoundError: no such source, or no folder for the target.
+        ValueError: the source is not a network's checkpoint, the suffix is another, or the target is the source.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"the target must end in .safetensors or .pth, got {target}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent} for {target.name}")
+    if target.is_dir():
+        raise ValueError(f"the target {target} is a folder")
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ValueError(f"the target {target} is the source itself; give another name")
+    checkpoint = read_checkpoint(source)
+    identity = _identity(checkpoint, source)
+    with torch.device("meta"):
+        network = create_model(identity.model, **identity.model_args)
+    weights = _with_counters(checkpoint.state_dict, network.state_dict())
+    weights = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
+    meta = {key: value for key, value in checkpoint.meta.items() if key in ("epoch", "acc", "metrics")}
+    if target.suffix == ".pth":
+        _replace(target, lambda path: torch.save(weights, path))
+    else:
+        said = dict(format="pt", model=identity.model, model_args=json.dumps(identity.model_args))
+        said |= dict(source=checkpoint.meta["kind"], **{key: json.dumps(value) for key, value in meta.items()})
+        _replace(target, lambda path: save_file(weights, path, metadata=said))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return Report(source, target, checkpoint.meta["kind"], identity.model, identity.model_args, count, meta)
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Write beside ``target``, then rename: whoever looks sees the old file or the new one, whole."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
