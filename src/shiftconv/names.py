@@ -1,7 +1,21 @@
-"""Floor 0: one sentence for every name that is not known. Imports nothing, so every floor may use it."""
+"""Floor 0: one sentence for every name that is not known. Imports nothing of ours, so every floor may use it."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+
+_SHOWN = 12
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that was probably meant, if any; of equally close ones that with the longest common start."""
+    name = name.lower()
+    close = get_close_matches(name, list(known), n=8, cutoff=cutoff)
+    return max(close, key=lambda match: _alike(match, name), default=None)
+
+
+def _alike(one: str, other: str) -> tuple[float, int]:
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return SequenceMatcher(None, one, other).ratio(), start
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -11,6 +25,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     ValueError: unknown padding_mode 'zero'; did you mean 'zeros'? Known: reflect, zeros
     """
     known = sorted(known)
-    close = get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}")
+    close = closest(str(name), known)
+    hint = f"; did you mean {close!r}?" if close else "."
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known[:_SHOWN])}{more}")

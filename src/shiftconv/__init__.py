@@ -1,0 +1,52 @@
+"""Wide receptive fields at small cost: shifts, large depthwise kernels, and the networks built from them.
+
+``import shiftconv as sc`` registers every network with timm. The names below are found on first use, so that the
+command line can answer ``--help`` before torch is loaded.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shiftconv._version import __version__
+
+if TYPE_CHECKING:
+    from shiftconv import analysis, models, nn, ops, recipes, train
+    from shiftconv.analysis import count, erf, throughput
+    from shiftconv.models import create_model, list_models
+    from shiftconv.models.convert import convert, load_checkpoint
+
+_HOME = {  # public name: the module that holds it
+    "count": "analysis",
+    "erf": "analysis",
+    "throughput": "analysis",
+    "create_model": "models",
+    "list_models": "models",
+    "convert": "models.convert",
+    "load_checkpoint": "models.convert",
+}
+_ROOMS = ("analysis", "models", "nn", "ops", "recipes", "train")
+
+__all__ = [  # noqa: RUF022  sorted by kind
+    "analysis", "models", "nn", "ops", "recipes", "train",
+    "convert", "count", "create_model", "erf", "list_models", "load_checkpoint", "throughput",
+    "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"shiftconv.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"shiftconv.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'shiftconv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+# timm knows our networks as soon as this package is imported; only the command itself waits until a verb needs them.
+if Path(getattr(sys, "argv", None) and sys.argv[0] or "").stem != "shiftconv":
+    import_module("shiftconv.models")

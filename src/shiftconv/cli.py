@@ -1,0 +1,317 @@
+"""The command line: ``shiftconv VERB [options]``. Each verb is one function below; its signature is its options.
+
+Nothing heavy is imported before a verb runs, so ``--help`` and mistakes are answered at once.
+"""
+
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from shiftconv._version import __version__
+from shiftconv.names import closest, unknown
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from shiftconv.train.recipe import Recipe
+
+ModelArgs = dict[str, int | float | bool | str | list | None]  # type: ignore[type-arg]  # YAML values
+
+
+def demo(out: Path = Path("shiftconv-demo"), seed: int = 0, epochs: int | None = None) -> None:
+    """Train a shift network beside a ResNet of equal size on real digits: offline, two minutes, with a report.
+
+    Args:
+        out: folder for the pictures, the report and both runs.
+        seed: seed of both runs.
+        epochs: passes over the training images; None takes the recipe's number.
+    """
+    from shiftconv.recipes.demo import demo as run
+    from shiftconv.train.progress import RichProgress
+
+    result = run(out, seed=seed, epochs=epochs, progress=RichProgress())
+    _show(result.table(), *result.next_steps())
+
+
+def list_(what: Literal["all", "models", "recipes", "data"] = "all", pattern: str = "*") -> None:
+    """Name the networks, the recipes and the data sets.
+
+    Args:
+        what: which of them.
+        pattern: only names that match, for example "shiftresnet*".
+    """
+    from fnmatch import fnmatch
+
+    from shiftconv import models, recipes
+    from shiftconv.train import data
+
+    names = {
+        "models": (models.list_models(), "shiftconv count NAME"),
+        "recipes": (recipes.names(), "shiftconv train NAME"),
+        "data": (data.names(), "shiftconv train RECIPE --data.name NAME"),
+    }
+    for kind, (all_names, use) in names.items():
+        if what in ("all", kind):
+            _line(f"{kind}    ({use})")
+            for name in filter(lambda name: fnmatch(name, pattern), all_names):
+                _line(f"  {name}")
+
+
+def train(
+    recipe: "Recipe", name: str, out: Path | None = None, resume: str | None = None, device: str | None = None
+) -> None:
+    """Train by a recipe's name or a YAML file; every field of the recipe is an option.
+
+    Args:
+        recipe: what to do.
+        name: what the run is called.
+        out: folder of the run; runs/NAME unless given.
+        resume: "auto" goes on from the newest good checkpoint in the folder, or starts; a path goes on from that file.
+        device: cpu, cuda, cuda:1 ...; the GPU when there is one unless given.
+    """
+    from shiftconv.train.loop import train as run
+    from shiftconv.train.progress import RichProgress
+
+    result = run(recipe, out or Path("runs") / name, resume=resume, device=device, progress=RichProgress())
+    _line(str(result))
+
+
+def evaluate(
+    checkpoint: Path | None = None,
+    data: str | None = None,
+    folder: Path | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    batch_size: int = 256,
+    device: str | None = None,
+) -> None:
+    """Evaluate a checkpoint: ours, a released .t7, .pth or .safetensors; the network is read from the file.
+
+    Args:
+        checkpoint: the file.
+        data: digits, cifar10, cifar100, or folder; that of the checkpoint's own run unless given.
+        folder: where the images are, or go to.
+        split: which part of the data set.
+        batch_size: images at a time.
+        device: cpu, cuda, cuda:1 ...; the GPU when there is one unless given.
+    """
+    if checkpoint is None:
+        raise ValueError("eval needs --checkpoint FILE")
+    from shiftconv.models.convert import load_checkpoint
+    from shiftconv.train import evaluate as run
+    from shiftconv.train import open_data, pick_device
+    from shiftconv.train.checkpoint import load
+    from shiftconv.train.progress import RichProgress
+    from shiftconv.train.recipe import Recipe
+
+    model = load_checkpoint(None, checkpoint).to(picked := pick_device(device))
+    if data is None and checkpoint.suffix != ".pt":
+        raise ValueError(
+            f"{checkpoint} does not say what it was trained on; name it: --data digits, cifar10, cifar100 or folder"
+        )
+    images = open_data(data or Recipe.from_dict(load(checkpoint).recipe).data, folder)
+    classes = getattr(model, "num_classes", images.num_classes)
+    if classes != images.num_classes:
+        raise ValueError(f"the network has {classes} classes, the data set {images.name} has {images.num_classes}")
+    progress = RichProgress()
+    _line(f"{split}  {run(model, images.loader(split, batch_size), device=picked, progress=progress, part=split)}")
+    progress.close()
+
+
+def count(
+    model: str,
+    model_args: ModelArgs = {},  # noqa: B006  never changed; jsonargparse shows it
+    size: int | None = None,
+    convention: Literal["exact", "readme", "head"] = "exact",
+    by: Literal["model", "layer"] = "model",
+) -> None:
+    """Count parameters and multiply-accumulates of a network.
+
+    Args:
+        model: network name; its own arguments are options too (--expansion 3, --reduction 2.8 --reduction-mode block).
+        model_args: the same as a mapping.
+        size: height and width of the image in pixels; the network's own unless given.
+        convention: exact, or one of the two formulas of the ShiftResNet authors' utility (their README's, their last).
+        by: one line for the network, or one for each of its layers.
+    """
+    from shiftconv.analysis import count as exact
+    from shiftconv.models import create_model
+    from shiftconv.models.convert.readme_count import readme_count
+
+    if convention == "exact":
+        counted = exact(create_model(model, **model_args), size=size)
+        _line(str(counted) if by == "model" else counted.table())
+    elif size is not None:
+        raise ValueError("the authors' conventions are for 32x32 images only; --size goes with --convention exact")
+    else:
+        _line(*readme_count(model, convention, **model_args).lines())
+
+
+def convert(source: Path, target: Path) -> None:
+    """Turn any checkpoint, a released .t7 among them, into .safetensors or .pth; nothing in the file is executed.
+
+    Args:
+        source: the file to read.
+        target: the file to write, ending in .safetensors or .pth.
+    """
+    from shiftconv.models.convert import convert as run
+
+    _line(str(run(source, target)))
+
+
+def doctor(op: str | None = None) -> None:
+    """Tell what this machine has, what was compiled, and which kernel will run for which operator, and why.
+
+    Args:
+        op: only this operator.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    from shiftconv.ops import backend
+
+    machine = Table("machine", "", box=SIMPLE, show_edge=False)
+    for fact, value in backend.environment().items():
+        machine.add_row(fact, Text(value, overflow="fold"))
+    kernels = Table("operator", "device", "runs", "because", box=SIMPLE, show_edge=False)
+    for choice in backend.explain(op):
+        kernels.add_row(choice.op, choice.device, choice.backend, Text(choice.reason, overflow="fold"))
+    _show(machine, "", kernels)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "list": list_,
+    "train": train,
+    "eval": evaluate,
+    "count": count,
+    "convert": convert,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command; a user's mistake ends in one line on stderr and exit status 2."""
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `shiftconv list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ArgumentError, ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        if os.environ.get("SHIFTCONV_TRACEBACK"):
+            raise
+        sys.stderr.write(f"shiftconv: error: {error}\n")
+        sys.exit(2)
+
+
+def _run(argv: list[str]) -> None:
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        _line(_usage())
+    elif verb == "--version":
+        _line(f"shiftconv {__version__}")
+    elif verb not in VERBS:
+        raise unknown("verb", verb, VERBS)
+    elif verb == "train":
+        _train(argv[1:])
+    else:
+        VERBS[verb](**vars(_parse(_parser(verb), _spell(argv[1:], verb))))
+
+
+def _usage() -> str:
+    verbs = (f"  {name:<9}{(function.__doc__ or '').splitlines()[0]}" for name, function in VERBS.items())
+    return "\n".join(["usage: shiftconv VERB [options]", "", *verbs, "", "shiftconv VERB --help tells the options."])
+
+
+def _parser(verb: str) -> "ArgumentParser":
+    """The parser of a verb, made from the signature and docstring of its function."""
+    from jsonargparse import ArgumentParser
+
+    function = VERBS[verb]
+    parser = ArgumentParser(
+        prog=f"shiftconv {verb}", description=function.__doc__.splitlines()[0], exit_on_error=False, allow_abbrev=False
+    )
+    skip = {"train": {"recipe", "name"}, "list": {"what"}}.get(verb)
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
+    if verb == "list":
+        parser.add_argument("what", nargs="?", type=signature(list_).parameters["what"].annotation, default="all")
+    return parser
+
+
+def _train(argv: list[str]) -> None:
+    """A recipe gives the defaults of its own fields; what follows on the line, or a YAML file, overrides them."""
+    from shiftconv import recipes
+    from shiftconv.train.recipe import Recipe
+
+    parser = _parser("train")
+    parser.usage = "shiftconv train RECIPE|FILE.yaml [options]"
+    parser.add_argument("--config", action="config", help="YAML file of fields to set, as --print_config writes it.")
+    parser.add_class_arguments(Recipe, as_group=True)
+    if not argv or argv[0].startswith("-"):
+        if argv and argv[0] in ("-h", "--help"):
+            parser.parse_args(["--help"])
+        raise ValueError(
+            f"train needs the name of a recipe or a YAML file first. Recipes: {', '.join(recipes.names())}"
+        )
+    name, *argv = argv
+    if Path(name).suffix in (".yaml", ".yml"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+        argv = ["--config", name, *argv]
+    else:
+        parser.set_defaults(asdict(recipes.get(name)))
+    parsed = _parse(parser, _spell(argv, "train"))
+    recipe = Recipe(**{f.name: parsed[f.name] for f in fields(Recipe)})
+    train(recipe, Path(name).stem, out=parsed.out, resume=parsed.resume, device=parsed.device)
+
+
+def _parse(parser: "ArgumentParser", argv: list[str]) -> Any:
+    """What the options say, as objects; a mistake is told with the name that was probably meant."""
+    try:
+        return parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        text = re.sub(r"<class '(\w+)'>", r"\1", str(error)).replace("Parser key ", "option ")
+        text = text.replace("a typing.Literal", "one of ")
+        wrong = re.search(r"unrecognized arguments: --([^\s=]+)|Got value: (\S+)", text)
+        known = list(parser.get_defaults().keys()) if wrong and wrong[1] else re.findall(r"'([^']+)'", text)
+        close = closest(wrong[1] or wrong[2], known) if wrong else None
+        hint = f"; did you mean {'--' if wrong and wrong[1] else ''}{close}?" if close else ""
+        raise ValueError(" ".join(text.split()) + hint) from None
+
+
+def _spell(argv: list[str], verb: str) -> list[str]:
+    """Options as the parser spells them: underscores for dashes, and --expansion 3 as one of model_args."""
+    parameters = signature(VERBS[verb]).parameters
+    spelt = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if "model_args" in parameters and name.split(".")[0] not in (*parameters, "help"):
+                if close := closest(name, parameters, cutoff=0.8):
+                    raise ValueError(f"unknown option --{name}; did you mean --{close}?")
+                name = f"model_args.{name}"
+            word = f"--{name}{equals}{value}"
+        spelt.append(word)
+    return spelt
+
+
+def _line(*lines: str) -> None:
+    """Plain lines on stdout, exactly as they are."""
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def _show(*renderables: Any) -> None:
+    """Tables and styled text on stdout; without colour and boxes' colours when it is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for renderable in renderables:
+        console.print(renderable)

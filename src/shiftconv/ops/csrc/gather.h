@@ -1,0 +1,109 @@
+// Moving bytes: short runs without a call, and blocks that are gathered from several places by 64-byte vectors.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace shiftconv {
+
+template <int64_t size>
+inline void move_ends(char* to, const char* from, int64_t bytes) {  // size <= bytes <= 2 * size
+  std::array<char, size> head, tail;
+  std::memcpy(head.data(), from, size);
+  std::memcpy(tail.data(), from + bytes - size, size);
+  std::memcpy(to, head.data(), size);
+  std::memcpy(to + bytes - size, tail.data(), size);
+}
+
+// memcpy, whose call costs as much as the move for the small planes of late stages.
+inline void move_bytes(void* to, const void* from, int64_t bytes) {
+  char* t = static_cast<char*>(to);
+  const char* f = static_cast<const char*>(from);
+  if (bytes > 1024) {
+    std::memcpy(t, f, static_cast<size_t>(bytes));
+  } else if (bytes >= 64) {
+    for (; bytes > 128; bytes -= 64, t += 64, f += 64) std::memcpy(t, f, 64);
+    move_ends<64>(t, f, bytes);
+  } else if (bytes >= 32) {
+    move_ends<32>(t, f, bytes);
+  } else if (bytes >= 16) {
+    move_ends<16>(t, f, bytes);
+  } else if (bytes >= 8) {
+    move_ends<8>(t, f, bytes);
+  } else if (bytes >= 4) {
+    move_ends<4>(t, f, bytes);
+  } else {
+    for (int64_t i = 0; i < bytes; ++i) t[i] = f[i];
+  }
+}
+
+// A block of bytes is written in windows of 64; where its size is no multiple, the last window overlaps the one before.
+// Each window is blended from one load per step. Masked loads and stores would be exact at the ends of a tensor, but
+// cost several times as much on AMD Zen 5, so loads are whole and the caller keeps them inside the tensor.
+struct Step {
+  int64_t delta;  // bytes from the place that is written to the one that is read
+  uint64_t mask;  // bytes of the window that this step provides
+};
+
+struct Window {
+  int64_t at;
+  int64_t steps;
+  uint64_t covered;  // union of the masks; the other bytes are zero
+};
+
+constexpr int64_t window_size = 64;
+
+inline int64_t count_windows(int64_t bytes) { return (bytes + window_size - 1) / window_size; }
+
+inline int64_t window_at(int64_t index, int64_t bytes) { return std::min(index * window_size, bytes - window_size); }
+
+#if defined(__AVX512BW__)
+constexpr bool has_windows = true;
+
+// A whole load. The compiler would fuse it with the blend that follows into a masked load, were it not hidden from it.
+inline __m512i load_whole(const char* from) {
+  __m512i bytes = _mm512_loadu_si512(from);
+  __asm__("" : "+v"(bytes));
+  return bytes;
+}
+
+inline void run_windows(char* to, const char* from, const Window* windows, int64_t count, const Step* step) {
+  for (const Window* w = windows; w < windows + count; ++w) {
+    const char* const source = from + w->at;
+    __m512i bytes = load_whole(source + step->delta);
+    const Step* const end = step + w->steps;
+    for (++step; step < end; ++step)
+      bytes = _mm512_mask_mov_epi8(bytes, step->mask, load_whole(source + step->delta));
+    if (~w->covered) bytes = _mm512_and_si512(bytes, _mm512_movm_epi8(w->covered));
+    _mm512_storeu_si512(to + w->at, bytes);
+  }
+}
+
+// All windows read the same distance away; mask by window.
+inline void run_uniform(char* to, const char* from, int64_t bytes, const uint64_t* mask) {
+  const int64_t whole = bytes / window_size;
+  for (int64_t i = 0; i < whole; ++i) {
+    const __m512i read = load_whole(from + i * window_size);
+    _mm512_storeu_si512(to + i * window_size, _mm512_and_si512(_mm512_movm_epi8(mask[i]), read));
+  }
+  if (bytes % window_size) {
+    const int64_t at = bytes - window_size;
+    _mm512_storeu_si512(to + at, _mm512_and_si512(_mm512_movm_epi8(mask[whole]), load_whole(from + at)));
+  }
+}
+#else
+constexpr bool has_windows = false;
+
+inline void run_uniform(char*, const char*, int64_t, const uint64_t*) {}
+
+inline void run_windows(char*, const char*, const Window*, int64_t, const Step*) {}
+#endif
+
+}  // namespace shiftconv

@@ -1,0 +1,53 @@
+"""Training: recipes, data sets, the one loop, checkpoints. Lazy, for the command line reads recipes before torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shiftconv.train.checkpoint import Checkpoint, CheckpointError
+    from shiftconv.train.data import DataSets, open_data
+    from shiftconv.train.device import pick_device
+    from shiftconv.train.evaluate import Metrics, evaluate
+    from shiftconv.train.loop import Diverged, Result, train
+    from shiftconv.train.progress import RichProgress
+    from shiftconv.train.recipe import Data, Optim, Recipe
+
+_HOME = {  # public name: the module that holds it
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "checkpoint",
+    "Data": "recipe",
+    "DataSets": "data",
+    "Diverged": "loop",
+    "Metrics": "evaluate",
+    "Optim": "recipe",
+    "Recipe": "recipe",
+    "Result": "loop",
+    "RichProgress": "progress",
+    "evaluate": "evaluate",
+    "open_data": "data",
+    "pick_device": "device",
+    "train": "loop",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Data",
+    "DataSets",
+    "Diverged",
+    "Metrics",
+    "Optim",
+    "Recipe",
+    "Result",
+    "RichProgress",
+    "evaluate",
+    "open_data",
+    "pick_device",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shiftconv.train' has no attribute {name!r}")
+    return getattr(import_module(f"shiftconv.train.{_HOME[name]}"), name)

@@ -1,0 +1,94 @@
+"""Checkpoints: one file with all that a run needs to go on, written at once and checked before it is believed.
+
+The file is a plain ``torch.save`` of tensors and plain values, so ``torch.load(path, weights_only=True)`` reads it
+anywhere. It is a zip archive, and each of its records carries a CRC-32; these find a file that was cut or changed.
+"""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import torch
+
+from shiftconv.train import files
+
+FORMAT, VERSION = "shiftconv.checkpoint", 1
+
+
+class CheckpointError(ValueError):
+    """A file is no good checkpoint; the message names it and says why."""
+
+
+@dataclass
+class Checkpoint:
+    """A run after a number of epochs. The fields are the top-level keys of the file, beside ``format`` and ``version``.
+
+    Attributes:
+        model_name: name of the network.
+        model_args: its arguments, the number of classes among them.
+        model: its state dict.
+        optimizer: state dict of the optimiser.
+        scheduler: state dict of the learning rate's schedule.
+        scaler: state dict of the gradient scaler; empty where there is none.
+        epoch: finished epochs.
+        metrics: ``history``, one row per finished epoch, and ``best_epoch``, the epoch of the best validation accuracy.
+        recipe: ``Recipe.to_dict()``.
+        data: name, class names, mean, std and image size of the data set.
+    """
+
+    model_name: str
+    model_args: dict[str, Any]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any]
+    epoch: int
+    metrics: dict[str, Any]
+    recipe: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def encode(checkpoint: Checkpoint) -> memoryview:
+    buffer = io.BytesIO()  # one encoding may go to several files, and a full disk cannot break torch.save half-way
+    torch.save({"format": FORMAT, "version": VERSION, **vars(checkpoint)}, buffer)
+    return buffer.getbuffer()
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the file at once; whatever happens, ``path`` holds its old or its new content.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    files.write(path, encode(checkpoint))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and check a checkpoint of a run; its tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"its record {damaged} has a wrong checksum")
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint of a shiftconv run: {reason}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of a shiftconv run: it has no format {FORMAT!r}")
+    if values.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {values.get('version')!r}; this shiftconv reads {VERSION}")
+    values = {key: value for key, value in values.items() if key not in ("format", "version")}
+    try:
+        return Checkpoint(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path} has the wrong keys: {error}") from None

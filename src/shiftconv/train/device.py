@@ -1,0 +1,58 @@
+"""Where a run computes, and how exactly."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this name; none: the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: for a name that is no device, or one that this machine has not.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda, cuda:1 ...") from None
+    if picked.type == "cpu":
+        return torch.device("cpu")
+    if picked.type != "cuda":
+        raise ValueError(f"device {device!r} is not supported: expected cpu, cuda, cuda:1 ...")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (picked.index or 0) >= count:
+        raise ValueError(f"device {device!r} is not on this machine, which has {count} CUDA devices")
+    return picked
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    """Raise a ValueError if this device cannot compute in this precision."""
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"amp 'fp16' needs a CUDA device, got {device}; use 'bf16' or 'none'")
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "none")
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Within the block torch uses deterministic algorithms only, if wanted; after it all is as before."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,55 @@
+"""The optimiser and its learning rate, from timm. The rate changes with each update, not with each epoch."""
+
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from shiftconv.train.recipe import Optim
+
+
+def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+    # timm's "sgd" means Nesterov's momentum, its "momentum" the plain one; the others ignore the momentum given here.
+    name = ("sgd" if optim.nesterov else "momentum") if optim.name == "sgd" else optim.name
+    return create_optimizer_v2(
+        model,
+        opt=name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=not optim.decay_norms,
+    )
+
+
+def create_scheduler(optimizer: Optimizer, optim: Optim, epochs: int, updates_per_epoch: int) -> Scheduler:
+    """The schedule, of timm; call ``step_update(n)`` after the n-th update.
+
+    Args:
+        optimizer: whose rate to set.
+        optim: the settings; their milestones and warm-up count epochs.
+        epochs: of the whole run.
+        updates_per_epoch: of the weights.
+    """
+    warmup = round(optim.warmup_epochs * updates_per_epoch)
+    if optim.schedule == "cosine":
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, epochs * updates_per_epoch - warmup),
+            lr_min=optim.min_lr,
+            warmup_t=warmup,
+            warmup_lr_init=optim.warmup_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+    milestones = optim.milestones if optim.schedule == "step" else ()
+    return MultiStepLRScheduler(
+        optimizer,
+        decay_t=[milestone * updates_per_epoch + 1 for milestone in milestones],  # timm drops at t + 1
+        decay_rate=optim.gamma,
+        warmup_t=warmup,
+        warmup_lr_init=optim.warmup_lr,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )

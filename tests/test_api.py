@@ -1,0 +1,49 @@
+"""The public face: what `import shiftconv as sc` offers, how soon it is there, and that nothing heavy comes with it."""
+
+import subprocess
+import sys
+
+import pytest
+
+import shiftconv as sc
+
+PUBLIC = {
+    "analysis", "models", "nn", "ops", "recipes", "train",
+    "convert", "count", "create_model", "erf", "list_models", "load_checkpoint", "throughput",
+    "__version__",
+}  # fmt: skip
+OPS = {"shift", "PaddingMode"}
+NN = {"GroupShift1d", "GroupShift2d", "GroupShift3d"}
+HEAVY = ["matplotlib", "sklearn", "tensorboard", "triton", "rich", "jsonargparse", "torch._dynamo", "torch._inductor"]
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_surface_is_what_is_documented():
+    """A change of the public names is a decision: change this list with it, and the docs."""
+    assert set(sc.__all__) == PUBLIC == set(dir(sc))
+    assert set(sc.ops.__all__) == OPS
+    assert set(sc.nn.__all__) == NN
+    for name in PUBLIC:
+        assert getattr(sc, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'creat_model'"):
+        sc.creat_model  # noqa: B018
+
+
+def test_import_registers_the_models_with_timm():
+    assert python("import shiftconv, timm; print(timm.is_model('shiftresnet20'))") == "True"
+
+
+def test_import_brings_nothing_heavy_beyond_torch_and_timm():
+    code = (
+        "import sys, torch, torchvision, timm; a = set(sys.modules); import shiftconv; print(*(set(sys.modules) - a))"
+    )
+    new = python(code).split()
+    assert [name for name in HEAVY if name in new] == []
+
+
+def test_the_command_answers_help_without_torch():
+    code = "import sys; sys.argv = ['shiftconv', '--help']; from shiftconv.cli import main; main()"
+    assert python(f"{code}; print('torch' in sys.modules, 'timm' in sys.modules)").splitlines()[-1] == "False False"

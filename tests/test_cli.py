@@ -1,0 +1,169 @@
+"""The command line as a person meets it: help, results, and what a mistake is answered with."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shiftconv.cli import VERBS, main
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; gives (exit status, stdout, stderr)."""
+
+    def call(*argv: str):
+        try:
+            main(argv)
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_help_names_every_verb(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(run, verb):
+    status, out, _ = run(verb, "--help")
+    assert status == 0
+    assert f"usage: shiftconv {verb}" in out
+
+
+def test_help_is_quick():
+    def seconds(code: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    code = "import sys; sys.argv = ['shiftconv', '--help']; from shiftconv.cli import main; main()"
+    assert min(seconds(code) / seconds("pass") for _ in range(3)) < 20  # torch alone would make it 100
+
+
+@pytest.mark.parametrize(
+    ("line", "lines"),
+    [
+        (
+            "shiftresnet20 --expansion 3 --convention readme",
+            "Parameters: (new) 95642 (original) 272474 (reduction) 2.85\n"
+            "FLOPs: (new) 16581248 (original) 40960640 (reduction) 2.47\n",
+        ),
+        (
+            "resnet20 --reduction 2.8 --reduction-mode block --convention readme",
+            "==> resnet20 with reduction 2.80\n"
+            "Parameters: (new) 96206 (original) 272474 (reduction) 2.83\n"
+            "FLOPs: (new) 14197376 (original) 40960640 (reduction) 2.89\n",
+        ),
+        (
+            "shiftresnet20 --expansion=3 --convention head",
+            "Parameters: (new) 95642 (original) 272474 (reduction) 2.85\n"
+            "FLOPs: (new) 17760896 (original) 42140288 (reduction) 2.37\n",
+        ),
+    ],
+)
+def test_count_prints_the_authors_lines(run, line, lines):
+    assert run("count", *line.split()) == (0, lines, "")
+
+
+def test_count_is_exact_unless_told_otherwise(run):
+    status, out, _ = run("count", "shiftresnet20", "--expansion", "3")
+    assert status == 0
+    assert "95,642 parameters" in out
+    assert "16,433,792 MACs" in out  # 16581248, less the 147456 too many of the first convolution
+    _, layers, _ = run("count", "shiftresnet20", "--expansion", "3", "--by", "layer")
+    assert "layer3.2.conv2" in layers
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trian x", "unknown verb 'trian'; did you mean 'train'?"),
+        ("train", "train needs the name of a recipe or a YAML file first"),
+        ("train shiftresnet20_cifar", "unknown recipe 'shiftresnet20_cifar'; did you mean 'shiftresnet20_cifar10'?"),
+        ("train nowhere.yaml", "there is no file nowhere.yaml"),
+        ("train shiftresnet20_digits --optim.rl 1", "unrecognized arguments: --optim.rl 1; did you mean --optim.lr?"),
+        ("train shiftresnet20_digits --data.name digit", "did you mean digits?"),
+        ("train shiftresnet20_digits --epochs 0", "epochs must be at least 1, got 0"),
+        ("train shiftresnet20_digits --model shiftresnet21 --out {tmp}/r", "did you mean 'shiftresnet20'?"),
+        ("count shiftresnet2O", "did you mean 'shiftresnet20'?"),
+        ("count shiftresnet20 --convetion readme", "unknown option --convetion; did you mean --convention?"),
+        ("count shiftresnet20 --expnsion 3", "no argument 'expnsion'; did you mean 'expansion'?"),
+        ("count shiftresnet20 --size 32 --convention readme", "--size goes with --convention exact"),
+        ("count resnet20 --reduction 1000", "reduction=1000"),
+        ("eval", "eval needs --checkpoint FILE"),
+        ("eval --checkpoint {tmp}/none.t7", "no checkpoint"),
+        ("eval --checkpoint {tmp}", "it is a folder"),
+        ("convert {tmp}/none.t7 {tmp}/a.txt", "must end in .safetensors or .pth"),
+        ("doctor --op shfit", "unknown operator 'shfit'; did you mean 'shift'?"),
+        ("list modles", "did you mean models?"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(run, tmp_path, line, message):
+    status, out, err = run(*line.format(tmp=tmp_path).split())
+    assert status == 2
+    assert out == ""
+    assert err.startswith("shiftconv: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traceback_is_shown_when_asked_for(monkeypatch):
+    monkeypatch.setenv("SHIFTCONV_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown verb"):
+        main(["trian"])
+
+
+def test_a_run_from_recipe_to_verdict(run, tmp_path, monkeypatch):
+    """Train by name, train by the printed YAML, eval and convert of what came out."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "1", "--batch_size", "256", "--optim.warmup_epochs", "0", "--model_args.expansion", "1"]
+    status, text, _ = run("train", "shiftresnet20_digits", *options, "--print_config")
+    assert status == 0
+    (tmp_path / "mine.yaml").write_text(text)
+    status, out, err = run("train", "mine.yaml")
+    assert status == 0, err
+    best = tmp_path / "runs" / "mine" / "best.pt"
+    said = json.loads((best.parent / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{said['val_accuracy']:.2%}" in out
+    accuracy = out.splitlines()[-1].split("top-1 ")[1].split(",")[0]
+    status, out, err = run("eval", "--checkpoint", str(best))
+    assert status == 0, err
+    assert f"top-1 {accuracy}" in out
+    status, out, _ = run("convert", str(best), "net.safetensors")
+    assert status == 0
+    assert "shiftresnet20" in out
+    _, out, _ = run("eval", "--checkpoint", "net.safetensors", "--data", "digits")
+    assert f"top-1 {accuracy}" in out
+    status, _, err = run("eval", "--checkpoint", "net.safetensors")
+    assert status == 2
+    assert "does not say what it was trained on" in err
+    status, _, err = run("train", "mine.yaml")
+    assert status == 2
+    assert "resume" in err
+
+
+def test_list_and_doctor(run):
+    assert "shiftresnet110_cifar100" in run("list", "recipes", "--pattern", "*110_cifar100")[1]
+    assert "mobileresnet" not in run("list", "--pattern", "shift*")[1]
+    _, out, _ = run("doctor")
+    assert "cache folder" in out
+    assert "shift" in out
+
+
+def test_output_may_be_cut_short():
+    """`shiftconv list | head -1` ends quietly."""
+    code = "from shiftconv.cli import main; main(['list'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -1,0 +1,98 @@
+import random
+
+import pytest
+import torch
+
+from shiftconv.train.checkpoint import Checkpoint, CheckpointError, load, save
+
+
+@pytest.fixture
+def checkpoint():
+    return Checkpoint(
+        model_name="net",
+        model_args={"num_classes": 3},
+        model={"weight": torch.randn(200, generator=torch.Generator().manual_seed(0))},
+        optimizer={"state": {0: {"momentum_buffer": torch.ones(5)}}, "param_groups": [{"lr": 0.1}]},
+        scheduler={"decay_t": [1, 2]},
+        scaler={},
+        epoch=2,
+        metrics={"history": [{"epoch": 1}, {"epoch": 2}], "best_epoch": 1},
+        recipe={"model": "net"},
+    )
+
+
+def same(one, two):
+    return torch.equal(one.model["weight"], two.model["weight"]) and one.epoch == two.epoch
+
+
+def test_there_and_back(checkpoint, tmp_path):
+    save(checkpoint, tmp_path / "a.pt")
+    assert same(load(tmp_path / "a.pt"), checkpoint)
+    plain = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert (plain["format"], plain["version"]) == ("shiftconv.checkpoint", 1)
+    keys = {"model_name", "model_args", "model", "optimizer", "scheduler", "scaler", "epoch", "metrics", "recipe"}
+    assert keys <= set(plain)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_truncated(checkpoint, tmp_path, share):
+    path = tmp_path / "a.pt"
+    save(checkpoint, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"a.pt is damaged or no checkpoint") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_changed_bytes_are_found_or_harmless(checkpoint, tmp_path):
+    path = tmp_path / "a.pt"
+    save(checkpoint, path)
+    content, rng, found = path.read_bytes(), random.Random(0), 0
+    for _ in range(200):
+        changed = bytearray(content)
+        changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert same(load(path), checkpoint)
+        except CheckpointError:
+            found += 1
+    assert found > 50  # the others hit padding
+
+
+def test_changed_weight_is_found(checkpoint, tmp_path):
+    path = tmp_path / "a.pt"
+    save(checkpoint, path)
+    content = bytearray(path.read_bytes())
+    at = content.index(checkpoint.model["weight"].numpy().tobytes())
+    content[at + 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="wrong checksum"):
+        load(path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "no format 'shiftconv.checkpoint'"),
+        ([1], "no format"),
+        ({"format": "shiftconv.checkpoint", "version": 2}, "has version 2; this shiftconv reads 1"),
+        ({"format": "shiftconv.checkpoint", "version": 1, "model": {}}, "has the wrong keys"),
+        (Hostile(), "is damaged or no checkpoint"),
+    ],
+)
+def test_other_files(tmp_path, capsys, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "a.pt")
+    assert capsys.readouterr().out == ""
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*a.pt"):
+        load(tmp_path / "a.pt")

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch import nn
+
+from shiftconv.recipes import get
+from shiftconv.train.optim import create_optimizer, create_scheduler
+from shiftconv.train.recipe import Optim
+
+
+def rates(optim, epochs, updates_per_epoch):
+    """The rate of each update."""
+    optimizer = create_optimizer(nn.Linear(2, 2), optim)
+    scheduler = create_scheduler(optimizer, optim, epochs, updates_per_epoch)
+    found = []
+    for update in range(epochs * updates_per_epoch):
+        scheduler.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_shiftresnet_rates():
+    by_epoch = rates(get("shiftresnet20_cifar10").optim, 164, 3)
+    for epoch in range(164):
+        expected = 0.1 if epoch <= 81 else 0.01 if epoch <= 122 else 0.001
+        assert by_epoch[3 * epoch : 3 * epoch + 3] == pytest.approx([expected] * 3)
+
+
+def test_cosine_with_warmup():
+    found = rates(Optim(lr=1.0, schedule="cosine", warmup_epochs=2, warmup_lr=0.2, min_lr=0.1), 10, 4)
+    assert found[:9] == pytest.approx([0.2 + 0.1 * update for update in range(9)])
+    assert found[8:] == sorted(found[8:], reverse=True)
+    assert 0.1 < found[-1] < 0.11
+
+
+def test_constant():
+    assert rates(Optim(lr=0.3, schedule="constant"), 3, 2) == [0.3] * 6
+
+
+@pytest.mark.parametrize(
+    ("optim", "cls"),
+    [(Optim(), torch.optim.SGD), (Optim(nesterov=True), torch.optim.SGD), (Optim("adamw"), torch.optim.AdamW)],
+)
+def test_optimizer(optim, cls):
+    optimizer = create_optimizer(nn.Linear(2, 2), optim)
+    assert type(optimizer) is cls
+    assert optimizer.defaults.get("nesterov", False) == optim.nesterov
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {5e-4}
+
+
+@pytest.mark.parametrize("name", ["adam", "lamb", "lion"])
+def test_other_optimizers(name):
+    model = nn.Linear(2, 2)
+    optimizer = create_optimizer(model, Optim(name, lr=1e-3))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_no_decay_of_biases():
+    optimizer = create_optimizer(nn.Linear(2, 2), Optim(decay_norms=False))
+    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
+    assert decays == {5e-4: [2], 0.0: [1]}
