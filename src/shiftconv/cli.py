@@ -103,9 +103,10 @@ def evaluate(
     if checkpoint is None:
         raise ValueError("eval needs --checkpoint FILE")
     from shiftconv.models.convert import load_checkpoint
-    from shiftconv.train import evaluate as run
-    from shiftconv.train import open_data, pick_device
     from shiftconv.train.checkpoint import load
+    from shiftconv.train.data import open_data
+    from shiftconv.train.device import pick_device
+    from shiftconv.train.evaluate import evaluate as run
     from shiftconv.train.progress import RichProgress
     from shiftconv.train.recipe import Recipe
 

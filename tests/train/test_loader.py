@@ -38,6 +38,13 @@ def test_follows_from_seed_and_epoch(kind, pictures):
     assert not equal(batches(loader(0, seed=1), 0), first)
 
 
+def test_random_transforms_are_new_in_each_epoch():
+    images = torch.arange(20 * 3 * 8 * 8).view(20, 3, 8, 8).byte()
+    loader = Loader(MemoryImages(images, torch.arange(20), PLAIN, Augment()), 20)
+    assert not equal(batches(loader, 0), batches(loader, 1))
+    assert equal(batches(loader, 0), batches(loader, 0))
+
+
 def test_serves_each_image_once():
     data = MemoryImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20), PLAIN)
     loader = Loader(data, 6, shuffle=True)

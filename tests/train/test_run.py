@@ -60,6 +60,12 @@ def test_auto_takes_the_newest(run, recipe):
     assert start.epoch == 3 and folder.restore_best(start) == 2 and not folder.notes
 
 
+def test_resumed_last_becomes_the_previous(run, recipe):
+    folder, _ = reopen(run, recipe)
+    folder.save(after(recipe, 4), is_best=False)
+    assert [ck.load(path).epoch for path in (run.last, run.previous)] == [4, 3]
+
+
 def test_damaged_last_falls_back_and_the_previous_survives(run, recipe):
     damage(run.last)
     folder, start = reopen(run, recipe)

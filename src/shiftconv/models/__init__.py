@@ -1,13 +1,12 @@
 """Floor 3: the networks, registered with timm; importing this package is what registers them."""
 
-from difflib import get_close_matches
 from typing import Any
 
 import timm
 from torch import nn
 
 from shiftconv.models import shiftresnet
-from shiftconv.names import unknown
+from shiftconv.names import closest, unknown
 
 __all__ = ["create_model", "list_models"]
 
@@ -32,7 +31,8 @@ def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Mo
     if not isinstance(name, str):
         raise TypeError(f"the name of a model must be a string, got {name!r}")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
-        raise unknown("model", name, {*list_models(), *get_close_matches(name, timm.list_models(), n=1, cutoff=0.8)})
+        near = closest(name, timm.list_models(), cutoff=0.8)  # timm knows a thousand more, too many to list
+        raise unknown("model", name, {*list_models(), *([near] if near else [])})
     return timm.create_model(name, pretrained=pretrained, **arguments)
 
 

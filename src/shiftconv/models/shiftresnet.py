@@ -17,7 +17,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shiftconv.models.shiftresnet_blocks import BasicBlock, DepthwiseBlock, MobileBlock, ShiftBlock, ShuffleBlock
-from shiftconv.names import unknown
+from shiftconv.names import closest, unknown
 
 DEPTHS = (20, 32, 44, 56, 110)
 ReductionMode = Literal["net", "block"]
@@ -300,8 +299,8 @@ def _check_arguments(family: str, variant: str, given: dict[str, Any]) -> None:
         if name in known or name in _TIMM_ARGS:
             continue
         owners = [other for other in FAMILIES if name in model_arguments(other)]
-        close = get_close_matches(name, known, n=1)
-        hint = f" (it belongs to {', '.join(owners)})" if owners else f"; did you mean {close[0]!r}?" if close else ""
+        close = closest(name, known)
+        hint = f" (it belongs to {', '.join(owners)})" if owners else f"; did you mean {close!r}?" if close else ""
         raise TypeError(f"{variant} has no argument {name!r}{hint}. It takes: {', '.join(known)}")
 
 

@@ -96,7 +96,7 @@ def processor() -> tuple[str, ...]:
 
 def _flags(native_code: bool) -> list[str]:
     root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
     flags += ["-march=native"] if native_code else []
     flags += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu"]
     # The process has loaded libtorch already, from wherever it lies, so no path to it is recorded.

@@ -51,10 +51,11 @@ def digits(family: Family, depth: int) -> Recipe:
     return Recipe(
         model=f"{family}{depth}",
         model_args=_model_args(family, depth),
-        data=Data(name="digits", crop_padding=2),
-        epochs=8,
-        batch_size=32,
-        optim=Optim(lr=0.1, weight_decay=5e-4, nesterov=True, schedule="cosine", warmup_epochs=1),
+        data=Data(name="digits", crop_padding=4),
+        epochs=10,
+        batch_size=16,
+        optim=Optim(lr=0.03, weight_decay=5e-4, nesterov=True, schedule="cosine", warmup_epochs=1),
+        label_smoothing=0.1,
     )
 
 

@@ -84,7 +84,7 @@ def _crop(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Te
     _, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding, padding, padding, padding))
     y, x = torch.arange(height), torch.arange(width)
-    x = x.expand(len(images), -1)
+    x = torch.where(mirrored[:, None], width - 1 - x, x)
     rows, columns = corners[:, :1] + y, corners[:, 1:] + x
     batch = torch.arange(len(images))[:, None, None]
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

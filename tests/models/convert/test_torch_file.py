@@ -135,6 +135,19 @@ def test_storages_listed_twice_or_never(old_torch, tmp_path):
         read_checkpoint(tmp_path / "x.t7")
 
 
+@pytest.mark.parametrize("changes", [dict(dtype="DoubleStorage"), dict(numel=1)])
+def test_storages_described_in_two_ways(changes, old_torch, tmp_path):
+    writer = old_torch()
+    first, second = (writer.tensor(torch.ones(2)[:]) for _ in range(2))
+    kind, cls, _, location, numel, view = second.args[0].pid
+    cls = old_torch.name("torch", changes.get("dtype", cls.name))
+    pid = (kind, cls, first.args[0].pid[2], location, changes.get("numel", numel), view)
+    second.args = (type(second.args[0])(pid), 0, (1,), (1,), *second.args[4:])
+    (tmp_path / "x.t7").write_bytes(writer.file(dict(a=first, b=second)))
+    with pytest.raises(ValueError, match="described in two ways"):
+        read_checkpoint(tmp_path / "x.t7")
+
+
 class Keys:
     """Storages under chosen keys, some of them more than once."""
 

@@ -74,15 +74,30 @@ inline __m512i load_whole(const char* from) {
   return bytes;
 }
 
-inline void run_windows(char* to, const char* from, const Window* windows, int64_t count, const Step* step) {
+// `blocks` blocks, `stride` bytes apart, that gather alike: a step is fetched once for all of them.
+template <int blocks>
+inline void run_windows(char* to, const char* from, int64_t stride, const Window* windows, int64_t count,
+                        const Step* step) {
   for (const Window* w = windows; w < windows + count; ++w) {
-    const char* const source = from + w->at;
-    __m512i bytes = load_whole(source + step->delta);
+    const char* source = from + w->at;
+    __m512i bytes[blocks];
+    const char* at = source + step->delta;
+#pragma GCC unroll 8
+    for (int i = 0; i < blocks; ++i) bytes[i] = load_whole(at + i * stride);
     const Step* const end = step + w->steps;
-    for (++step; step < end; ++step)
-      bytes = _mm512_mask_mov_epi8(bytes, step->mask, load_whole(source + step->delta));
-    if (~w->covered) bytes = _mm512_and_si512(bytes, _mm512_movm_epi8(w->covered));
-    _mm512_storeu_si512(to + w->at, bytes);
+    for (++step; step < end; ++step) {
+      at = source + step->delta;
+      const __mmask64 mask = step->mask;
+#pragma GCC unroll 8
+      for (int i = 0; i < blocks; ++i) bytes[i] = _mm512_mask_mov_epi8(bytes[i], mask, load_whole(at + i * stride));
+    }
+    if (~w->covered) {
+      const __m512i covered = _mm512_movm_epi8(w->covered);
+#pragma GCC unroll 8
+      for (int i = 0; i < blocks; ++i) bytes[i] = _mm512_and_si512(bytes[i], covered);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < blocks; ++i) _mm512_storeu_si512(to + w->at + i * stride, bytes[i]);
   }
 }
 
@@ -103,7 +118,8 @@ constexpr bool has_windows = false;
 
 inline void run_uniform(char*, const char*, int64_t, const uint64_t*) {}
 
-inline void run_windows(char*, const char*, const Window*, int64_t, const Step*) {}
+template <int blocks>
+inline void run_windows(char*, const char*, int64_t, const Window*, int64_t, const Step*) {}
 #endif
 
 }  // namespace shiftconv

@@ -66,17 +66,25 @@ class Lanes {
       for (const int32_t g : group_) plan.delta.push_back(delta[g]);
   }
 
+  // `pixels` adjacent pixels that follow one plan.
   template <class T>
-  void run(T* to, const T* from, const Plan& plan) const {
-    char* const t = reinterpret_cast<char*>(to);
-    const char* const f = reinterpret_cast<const char*>(from);
-    if (!plan.windows.empty())
-      return run_windows(t, f, plan.windows.data(), static_cast<int64_t>(plan.windows.size()), plan.steps.data());
-    for (size_t c = 0; c < plan.delta.size(); ++c) {
-      T value{};
-      if (plan.delta[c] != nothing) std::memcpy(&value, f + c * sizeof(T) + plan.delta[c], sizeof(T));
-      to[c] = value;
+  void run(T* to, const T* from, int64_t pixels, const Plan& plan) const {
+    char* t = reinterpret_cast<char*>(to);
+    const char* f = reinterpret_cast<const char*>(from);
+    const auto count = static_cast<int64_t>(plan.windows.size());
+    if (count > 0) {
+      for (; pixels >= 4; pixels -= 4, t += 4 * bytes_, f += 4 * bytes_)
+        run_windows<4>(t, f, bytes_, plan.windows.data(), count, plan.steps.data());
+      for (; pixels > 0; --pixels, t += bytes_, f += bytes_)
+        run_windows<1>(t, f, 0, plan.windows.data(), count, plan.steps.data());
+      return;
     }
+    for (; pixels > 0; --pixels, to += group_.size(), f += bytes_)
+      for (size_t c = 0; c < group_.size(); ++c) {
+        T value{};
+        if (plan.delta[c] != nothing) std::memcpy(&value, f + c * sizeof(T) + plan.delta[c], sizeof(T));
+        to[c] = value;
+      }
   }
 
  private:
@@ -171,7 +179,8 @@ class Pixels {
     for (int64_t x = 0; x < s_.w;) {
       const Lanes::Plan& column = plan.columns[kind(x, begin_, end_)];
       const int64_t last = begin_ <= x && x < end_ ? end_ : x + 1;
-      for (; x < last; ++x) lanes_.run(to + x * c, from + x * c, column);
+      lanes_.run(to + x * c, from + x * c, last - x, column);
+      x = last;
     }
   }
 
