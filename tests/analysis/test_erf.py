@@ -226,6 +226,9 @@ def test_timm_networks_give_their_last_map_before_the_final_norm(name):
         features = timm.create_model(name, features_only=True)
         features.load_state_dict(model.state_dict(), strict=False)
         torch.testing.assert_close(erf(features, x).matrix, last.matrix)
+    if name == "test_vit":
+        model.norm = nn.Identity()
+        torch.testing.assert_close(last.matrix, erf(model, x).matrix)
     if name == "convnext_atto":
         torch.testing.assert_close(last.matrix, erf(model, x, layer="stages").matrix)
 

@@ -1,14 +1,19 @@
 """The choice of kernels, and a cache that survives whatever happens to it: each case in a process of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from shiftconv.ops import backend, native
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
+)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 USE = """
     import logging, torch
@@ -20,78 +25,89 @@ USE = """
     print("RAN", backend.explain("shift", "cpu")[0])
 """
 
-needs_compiler = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "command -v c++ || command -v g++"], capture_output=True).returncode != 0,
-    reason="no C++ compiler",
-)
-
-
-def start(script=USE, **environment):
-    """A fresh process without this one's choices; a variable set to None is removed."""
-    changes = {"SHIFTCONV_BACKEND": None, "TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1", **environment}
-    kept = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
-    for name in (name for name, value in changes.items() if value is None):
-        kept.pop(name, None)
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    return subprocess.Popen(command, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
 
 def run(script=USE, **environment):
-    process = start(script, **environment)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    """A fresh process without this one's choices; a variable given as None is removed."""
+    changes = {"SHIFTCONV_BACKEND": None, "TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1", **environment}
+    merged = {**os.environ, **changes}
+    kept = {name: value for name, value in merged.items() if value is not None}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=kept, text=True, capture_output=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """A cache folder that holds the compiled kernel; copied by the tests that damage it."""
-    folder = tmp_path_factory.mktemp("cache")
-    code, out, err = run(SHIFTCONV_CACHE=str(folder))
-    assert code == 0, err
-    assert "backend='native'" in out
-    return folder
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """An operator named demo whose source is nearly empty, a compiler that counts its calls, an empty cache."""
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "demo.cpp").write_text('extern "C" int demo() { return 1; }\n')
+    monkeypatch.setattr(native, "SOURCES", sources)
+    monkeypatch.setenv("SHIFTCONV_CACHE", str(tmp_path / "cache"))
+    use_compiler(tmp_path, monkeypatch, 'exec c++ "$@"')
+    yield tmp_path
+    forget()
 
 
-def copy(folder, target):
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return next(target.glob("*.so"))
+def use_compiler(folder, monkeypatch, body):
+    """Let CXX be a script; it notes every compilation in the file named log."""
+    script = folder / "compiler"
+    note = f'case "$*" in *.cpp*) echo "$$" >> {folder}/log;; esac'
+    script.write_text(f"#!/bin/sh\n{note}\n{body}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    forget()
+
+
+def forget():
+    for cached in (native.compiler, native.compiler_version, native.library):
+        cached.cache_clear()
+
+
+def compilations(folder):
+    return len((folder / "log").read_text().splitlines()) if (folder / "log").exists() else 0
+
+
+def left_in_cache(folder):
+    return sorted(path.suffix for path in (folder / "cache").iterdir())
 
 
 @needs_compiler
-def test_processes_that_start_together_compile_once(tmp_path):
-    counter = tmp_path / "compiler"
-    log = tmp_path / "log"
-    counter.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) echo x >> {log};; esac\nexec c++ "$@"\n')
-    counter.chmod(0o755)
-    processes = [start(SHIFTCONV_CACHE=str(tmp_path / "cache"), CXX=str(counter)) for _ in range(3)]
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert "backend='native'" in out
-    assert log.read_text() == "x\n"
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".sha256", ".so"]
+@needs_fork
+def test_processes_that_start_together_compile_once(demo):
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                native.load("demo")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert compilations(demo) == 1
+    assert left_in_cache(demo) == [".lock", ".sha256", ".so"]
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "overwritten", "seal lost"])
-def test_damaged_library_is_built_anew(warm, tmp_path, damage):
-    library = copy(warm, tmp_path / "cache")
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "overwritten", "seal lost", "nothing"])
+def test_damaged_library_is_built_anew(demo, damage):
+    library = native.build("demo")
     whole = library.read_bytes()
     if damage == "seal lost":
         library.with_suffix(".sha256").unlink()
-    else:
+    elif damage != "nothing":
         library.write_bytes({"truncated": whole[:5000], "emptied": b"", "overwritten": b"x" * len(whole)}[damage])
-    code, out, err = run(SHIFTCONV_CACHE=str(tmp_path / "cache"))
-    assert code == 0, err
-    assert "backend='native'" in out
-    assert native._checksum(library) == library.with_suffix(".sha256").read_text()
+    assert native.is_built("demo") == (damage == "nothing")
+    native.load("demo")
+    assert native.is_built("demo")
+    assert compilations(demo) == 1 + (damage != "nothing")
 
 
 @needs_compiler
-def test_key_follows_torch_compiler_and_processor(monkeypatch):
-    digest = native._digest("shift")
+def test_key_follows_source_torch_compiler_and_processor(demo, monkeypatch):
+    digest = native._digest("demo")
     for module, name, value in (
         (native.torch, "__version__", "9.9"),
         (native, "compiler_version", lambda: "other 1.0"),
@@ -99,8 +115,34 @@ def test_key_follows_torch_compiler_and_processor(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            assert native._digest("shift") != digest
-    assert native._digest("shift") == digest
+            assert native._digest("demo") != digest
+    assert native._digest("demo") == digest
+    (demo / "csrc" / "helper.h").write_text("// new\n")
+    assert native._digest("demo") != digest
+
+
+@needs_compiler
+def test_refused_compilation_says_why_and_leaves_nothing(demo, monkeypatch):
+    refuse = '[ "$1" = --version ] && exec c++ --version\necho "x.cpp:1: error: no luck" >&2; exit 1'
+    use_compiler(demo, monkeypatch, refuse)
+    with pytest.raises(native.NativeError, match=r"could not compile the demo kernel: x.cpp:1: error: no luck"):
+        native.load("demo")
+    assert left_in_cache(demo) == [".lock"]
+
+
+@needs_compiler
+def test_compiler_that_refuses_march_native_is_asked_without(demo, monkeypatch):
+    use_compiler(demo, monkeypatch, 'case "$*" in *-march=native*) exit 1;; esac\nexec c++ "$@"')
+    native.load("demo")
+    assert compilations(demo) == 2
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_broken_compiler(demo, monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    forget()
+    with pytest.raises(native.NativeError, match=f"CXX={compiler} is no working C.. compiler; install"):
+        native.load("demo")
 
 
 def test_no_compiler_falls_back_with_one_line(tmp_path):
@@ -111,51 +153,31 @@ def test_no_compiler_falls_back_with_one_line(tmp_path):
     assert "LOG shift on cpu runs its slow reference: no C++ compiler (c++, g++, clang++) found; install g++" in err
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
-def test_broken_compiler_falls_back_with_one_line(tmp_path, compiler):
-    code, out, err = run(SHIFTCONV_CACHE=str(tmp_path), CXX=compiler)
-    assert code == 0, err
-    assert "backend='reference'" in out
-    assert err.count("LOG") == 1
-    assert f"CXX={compiler} is no working C++ compiler" in err
-
-
 @needs_compiler
-def test_refused_compilation_falls_back_and_leaves_nothing(tmp_path):
-    broken = tmp_path / "compiler"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exec c++ --version\necho "x.cpp:1: error: no luck" >&2; exit 1\n')
-    broken.chmod(0o755)
-    code, out, err = run(SHIFTCONV_CACHE=str(tmp_path / "cache"), CXX=str(broken))
-    assert code == 0, err
-    assert "backend='reference'" in out
-    assert err.count("LOG") == 1
-    assert "could not compile the shift kernel: x.cpp:1: error: no luck" in err
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+def test_failed_compilation_is_not_tried_at_every_call(demo, monkeypatch, caplog):
+    use_compiler(demo, monkeypatch, '[ "$1" = --version ] && exec c++ --version\nexit 1')
+    monkeypatch.delenv("SHIFTCONV_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "_obstacles", {})
+    for _ in range(3):
+        assert backend.kernel("demo", "cpu", reference=len) is len
+    assert compilations(demo) == 2  # with -march=native and without
+    assert len([record for record in caplog.records if "demo on cpu runs its slow reference" in record.message]) == 1
 
 
-@needs_compiler
-def test_compiler_that_refuses_march_native_is_asked_without(tmp_path):
-    plain = tmp_path / "compiler"
-    plain.write_text('#!/bin/sh\ncase "$*" in *-march=native*) exit 1;; esac\nexec c++ "$@"\n')
-    plain.chmod(0o755)
-    code, out, err = run(SHIFTCONV_CACHE=str(tmp_path / "cache"), CXX=str(plain))
-    assert code == 0, err
-    assert "backend='native'" in out
-
-
-def test_read_only_home_moves_to_a_private_temporary_folder(tmp_path):
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_read_only_home_moves_to_a_private_temporary_folder(tmp_path, monkeypatch, variable):
     blocked = tmp_path / "file"  # the superuser could write into a read-only folder, but not into a file
     blocked.write_text("")
-    script = "from shiftconv.ops import native; print(native.cache_folder())"
-    common = {"SHIFTCONV_CACHE": None, "XDG_CACHE_HOME": None, "TMPDIR": str(tmp_path)}
-    for variable in ("HOME", "XDG_CACHE_HOME"):
-        code, out, err = run(script, **{**common, variable: str(blocked)})
-        assert code == 0, err
-        folder = Path(out.strip())
-        assert folder.parent == tmp_path
-        assert folder.stat().st_mode & 0o777 == 0o700
-    code, out, _ = run(script, **{**common, "XDG_CACHE_HOME": str(tmp_path / "xdg")})
-    assert Path(out.strip()) == tmp_path / "xdg" / "shiftconv"
+    for name in ("SHIFTCONV_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(blocked))
+    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = native.cache_folder()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert native.cache_folder() == folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert native.cache_folder() == tmp_path / "xdg" / "shiftconv"
 
 
 @pytest.mark.parametrize("trap", ["open to others", "a link", "a file"])
@@ -177,7 +199,7 @@ def test_temporary_folder_of_somebody_else_is_refused(tmp_path, monkeypatch, tra
 def test_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SHIFTCONV_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(native.NativeError, match="SHIFTCONV_CACHE=.* must be a folder that can be written"):
+    with pytest.raises(native.NativeError, match=r"SHIFTCONV_CACHE=.* must be a folder that can be written"):
         native.cache_folder()
 
 
@@ -190,10 +212,11 @@ def test_forced_reference_compiles_nothing(tmp_path):
 
 
 @needs_compiler
-def test_forced_native(warm):
-    code, out, err = run(SHIFTCONV_CACHE=str(warm), SHIFTCONV_BACKEND="native")
+def test_native_kernel_is_taken_and_explained():
+    code, out, err = run()
     assert code == 0, err
-    assert "backend='native', reason='forced" in out
+    assert "backend='native', reason='C++ kernel, " in out
+    assert "LOG" not in err
 
 
 def test_forced_triton_on_the_cpu_interprets(tmp_path):
@@ -205,18 +228,21 @@ def test_forced_triton_on_the_cpu_interprets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("forced", "environment", "message"),
+    ("forced", "device", "message"),
     [
-        ("triton", {}, "SHIFTCONV_BACKEND=triton cannot run shift on cpu: Triton kernels run on cuda"),
-        ("native", {"CXX": "false"}, "SHIFTCONV_BACKEND=native cannot run shift on cpu: CXX=false is no working"),
-        ("natve", {}, "unknown backend in SHIFTCONV_BACKEND 'natve'; did you mean 'native'?"),
+        ("triton", "cpu", "SHIFTCONV_BACKEND=triton cannot run demo on cpu: .*[tT]riton"),
+        ("native", "cuda", "SHIFTCONV_BACKEND=native cannot run demo on cuda: C.. kernels run on cpu, not on cuda"),
+        ("native", "cpu", "SHIFTCONV_BACKEND=native cannot run demo on cpu: CXX=false is no working"),
+        ("natve", "cpu", "unknown backend in SHIFTCONV_BACKEND 'natve'; did you mean 'native'"),
     ],
 )
-def test_forced_backend_that_cannot_run_is_an_error(tmp_path, forced, environment, message):
-    pytest.importorskip("triton")
-    code, _, err = run(SHIFTCONV_CACHE=str(tmp_path), SHIFTCONV_BACKEND=forced, **environment)
-    assert code == 1
-    assert message in err.splitlines()[-1]
+def test_forced_backend_that_cannot_run_is_an_error(demo, monkeypatch, forced, device, message):
+    monkeypatch.setenv("SHIFTCONV_BACKEND", forced)
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget()
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        backend.kernel("demo", device, reference=len)
 
 
 def test_import_and_explanation_compile_nothing(tmp_path):

@@ -1,10 +1,7 @@
 """Shift against oracles that share no code with it: numpy.pad, a one-hot convolution, its transpose, the originals."""
 
-import importlib
 import itertools
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -36,14 +33,6 @@ def native_kernel(x, offset, mode, transpose):
         pytest.skip(str(error))
     native.load("shift")
     return torch.ops.shiftconv.shift(x, offset, mode, transpose)
-
-
-# Triton takes its interpreter, or not, while it is imported, so these tests run in a process of their own.
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton_interpreted")
-
-
-def triton_kernel(x, offset, mode, transpose):
-    return importlib.import_module("shiftconv.ops.triton.shift").shift(x, offset, mode, transpose)
 
 
 def sample(shape, reach, dtype=torch.float64):
@@ -105,61 +94,6 @@ def test_native_equals_oracle(shape, padding_mode, transpose):
             assert y.stride() == x_.stride()
 
 
-def test_triton_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "by_triton", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
-
-
-@interpreted
-@every_mode
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shape", [(1, 2, 5), (1, 3, 4, 3), (1, 2, 2, 3, 2)], ids=str)
-def test_equals_oracle_by_triton(shape, padding_mode, transpose):
-    for reach in (1, 9):
-        x, offset = sample(shape, reach, torch.float32)
-        expected = (dense_transpose if transpose else oracle)(x, offset, padding_mode)
-        for x_ in (x, x.contiguous(memory_format=LAST.get(x.ndim, torch.contiguous_format))):
-            y = triton_kernel(x_, offset, MODES[padding_mode], transpose)
-            torch.testing.assert_close(y, expected)
-            assert y.stride() == x_.stride()
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.complex64, torch.complex128], ids=str)
-def test_moves_every_size_by_triton(dtype):
-    x, offset = sample((1, 3, 4, 3), 2, dtype)
-    assert torch.equal(triton_kernel(x, offset, MODES["reflect"], False), oracle(x, offset, "reflect"))
-
-
-@pytest.mark.parametrize(("capability", "mode", "last"), [(80, MODES["zeros"], True), (90, MODES["reflect"], False)])
-def test_triton_compiles_without_spills(capability, mode, last, tmp_path):
-    """For a GPU that need not be there."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as build
-    from triton.runtime.jit import JITFunction
-
-    kernel = importlib.import_module("shiftconv.ops.triton.shift").shift_kernel
-    if not isinstance(kernel, JITFunction):
-        pytest.skip("this process interprets kernels")
-    pointers = {"x": "*fp32", "y": "*fp32", "offset": "*i64"}
-    sizes = dict.fromkeys(("numel", "channels", "depth", "height", "width"), "i32")
-    flags = {"PARTS": 1, "AXES": 2, "MODE": mode, "TRANSPOSE": True, "LAST": last, "LONG": False, "BLOCK": 1024}
-    source = ASTSource(kernel, {**pointers, **sizes, **dict.fromkeys(flags, "constexpr")}, flags)
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    built = build(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    listing = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    assert "STACK:0 " in listing.stdout, listing.stdout
-
-
 @every_mode
 @pytest.mark.parametrize(
     "dtype",
@@ -172,7 +106,9 @@ def test_triton_compiles_without_spills(capability, mode, last, tmp_path):
 def test_moves_every_dtype(padding_mode, dtype):
     x, offset = sample((2, 70, 6, 9), 2, dtype)
     expected = oracle(x.to(torch.complex128 if x.is_complex() else torch.float64), offset, padding_mode).to(dtype)
-    for kernel, format_ in itertools.product((reference, native_kernel), (torch.contiguous_format, torch.channels_last)):
+    for kernel, format_ in itertools.product(
+        (reference, native_kernel), (torch.contiguous_format, torch.channels_last)
+    ):
         y = kernel(x.contiguous(memory_format=format_), offset, MODES[padding_mode], False)
         assert y.dtype == dtype
         assert torch.equal(y.contiguous().view(torch.uint8), expected.view(torch.uint8))
@@ -315,7 +251,9 @@ def test_registration_is_sound(format_):
     tests = ("test_schema", "test_faketensor")  # autograd is recorded by shift(), not by the raw operator
     for mode, transpose in itertools.product(MODES.values(), (False, True)):
         torch.library.opcheck(torch.ops.shiftconv.shift.default, (x, offset, mode, transpose), test_utils=tests)
-        torch.library.opcheck(torch.ops.shiftconv.shift.default, (x[:, :, 1:], offset, mode, transpose), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.shiftconv.shift.default, (x[:, :, 1:], offset, mode, transpose), test_utils=tests
+        )
 
 
 @pytest.mark.slow
@@ -391,9 +329,10 @@ def test_threads_do_not_change_results(format_):
 
 @pytest.mark.slow
 def test_indexes_past_two_to_the_31():
-    free = int(next(line for line in Path("/proc/meminfo").open() if line.startswith("MemAvail")).split()[1]) << 10
-    if free < 7 << 30:
-        pytest.skip("needs 7 GiB of memory")
+    meminfo = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    if free is None or int(free[1]) < 7 << 20:
+        pytest.skip("needs 7 GiB of free memory")
     x = torch.zeros(1, 3, 29_000, 25_000, dtype=torch.uint8)
     x[0, 2, -2, -2] = 7
     y = native_kernel(x, torch.tensor([[0, 0], [0, 0], [1, -1]]), MODES["zeros"], False)

@@ -12,6 +12,9 @@ The best one that works is taken at the first call on a device and holds for the
 ``SHIFTCONV_BACKEND=reference|native|triton`` forces one, and then it is an error if that one cannot run.
 """
 
+# torch does not type everything it returns.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools

@@ -5,6 +5,9 @@ A library is compiled at the first use on a machine and kept in a cache folder, 
 depends on. Processes that start together compile once; nothing half-written is ever visible under its final name.
 """
 
+# torch does not type everything it returns.
+# pyright: reportUnknownMemberType=false
+
 import functools
 import hashlib
 import os
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -218,7 +221,7 @@ def _is_whole(path: Path) -> bool:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Generator[None]:
     """Hold an exclusive lock between processes, as far as the file system has locks: without one, two compile."""
     if sys.platform == "win32":
         yield

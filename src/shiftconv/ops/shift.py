@@ -11,6 +11,9 @@ device; :mod:`shiftconv.ops.backend` puts a C++ or Triton kernel over it at the 
 Source: Wu et al., "Shift", CVPR 2018, arXiv:1711.08141, section 3.
 """
 
+# torch does not type everything it returns.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -193,7 +196,7 @@ def _source(x: Tensor, offset: Tensor, axis: int, mode: int) -> tuple[Tensor, Te
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format that results for ``x`` have when ``x`` itself is in none: channels last if they are adjacent."""
+    """The memory format of results for an ``x`` that is dense in none: channels last if its channels are adjacent."""
     last = _CHANNELS_LAST.get(x.ndim)
     return last if last is not None and x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
 

@@ -106,7 +106,11 @@ def _curves(panels: list[draw.Panel]) -> Pictures:
         _picture(f"Loss over epochs: {_ends(loss)}", lambda mode: draw.curves([loss], mode)),
         _picture(f"Validation accuracy over epochs: {_ends(accuracy)}", lambda mode: draw.curves([accuracy], mode)),
     ]
-    return Pictures(pictures, "Solid lines are on the validation images; dotted ones are the loss on training images.")
+    caption = (
+        "Solid lines are on the validation images. Dotted ones are the loss in training, which stays higher because "
+        "the targets are smoothed and the images cropped at random."
+    )
+    return Pictures(pictures, caption)
 
 
 def _ends(panel: draw.Panel) -> str:
@@ -174,11 +178,10 @@ def _environment(result: DemoResult, data: DataSets) -> dict[str, str]:
     facts = {name: value for name, value in backend.environment().items() if name not in ("cache folder", "compiled")}
     choice = backend.explain("shift", "cpu")[0]
     images = ", ".join(f"{len(part or ())} {name}" for name, part in _parts(data).items())
-    epochs = {network.name: f"{network.epochs} epochs" for network in result.networks}
     return {
         "data": f"{data.name} of scikit-learn: {images} images",
-        "training": ", ".join(f"{name} {text}" for name, text in epochs.items()) + f"; seed {result.seed}",
-        "shift on the CPU": f"{choice.backend}: {choice.reason}",
+        "training": f"{result.networks[0].epochs} epochs each, seed {result.seed}",
+        "shift on the CPU": f"{choice.backend} kernel",
         **facts,
     }
 

@@ -56,6 +56,8 @@ def test_converted_files_give_identical_logits(suffix, t7, expected, tmp_path):
     assert (report.kind, report.model, report.parameters) == ("t7-module", "shiftresnet20", parameters)
     assert report.model_args == ARGS
     assert report.meta == dict(acc=91.25, epoch=147)
+    what = f"shiftresnet20(expansion=2.5, num_classes=7), {parameters} parameters, epoch 147, acc 91.25"
+    assert str(report) == f"{t7} (t7-module) -> {target}: {what}"
     again = tmp_path / "again.safetensors"
     convert(target, again)
     for path in (target, again):

@@ -161,10 +161,10 @@ class Keys:
         return [self.storages[key] for key in self.keys]
 
 
-@pytest.mark.parametrize("name", ["QInt8Storage", "Float", "system"])
+@pytest.mark.parametrize("name", ["torch.QInt8Storage", "torch.Float", "os.system", "os.FloatStorage"])
 def test_storage_classes_without_numbers(name, old_torch, tmp_path):
-    (tmp_path / "x.t7").write_bytes(legacy(old_torch, cls=old_torch.name("torch", name)))
-    with pytest.raises(ValueError, match=f"storage class 'torch.{name}'"):
+    (tmp_path / "x.t7").write_bytes(legacy(old_torch, cls=old_torch.name(*name.split("."))))
+    with pytest.raises(ValueError, match=f"storage class '{name}'"):
         read_checkpoint(tmp_path / "x.t7")
 
 
@@ -193,11 +193,40 @@ def test_modules_that_hold_each_other_in_two_ways(old_torch, tmp_path):
             read_checkpoint(tmp_path / "x.t7")
 
 
+def test_modules_of_long_names(old_torch, tmp_path):
+    writer = old_torch()
+    call = writer.module(writer.name("a", "B"), dict(weight=torch.ones(2)), {})
+    call = writer.module(writer.name("a", "B"), {}, {"x" * 600: call})
+    (tmp_path / "x.t7").write_bytes(writer.file(writer.module(writer.name("a", "B"), {}, {"y" * 600: call})))
+    with pytest.raises(ValueError, match="nested deeper"):
+        read_checkpoint(tmp_path / "x.t7")
+
+
+def test_dicts_and_lists_that_hold_themselves(tmp_path):
+    (tmp_path / "x.zip").write_bytes(rezip(b"\x80\x02}q\x00(U\x03neth\x00U\x05modelh\x00u."))
+    with pytest.raises(ValueError, match="holds no network, only 'net', 'model'"):
+        read_checkpoint(tmp_path / "x.zip")
+    with zipfile.ZipFile(io.BytesIO(saved())) as archive:
+        pickled = archive.read("archive/data.pkl")
+    metrics = b"X\x07\x00\x00\x00metrics]q\xf0" + b"h\xf0a" * 10
+    (tmp_path / "x.zip").write_bytes(rezip(pickled.removesuffix(b"u.") + metrics + b"u."))
+    checkpoint = read_checkpoint(tmp_path / "x.zip")
+    assert list(checkpoint.state_dict) == ["a", "b"]
+    assert isinstance(checkpoint.meta["metrics"], list)
+
+
 def test_a_module_that_holds_itself(tmp_path):
     state = b"}q\x01(U\x08_modules}U\x01xh\x00su"
     (tmp_path / "x.zip").write_bytes(rezip(b"\x80\x02ca\nb\n)\x81q\x00" + state + b"b."))
     with pytest.raises(ValueError, match="nested deeper"):
         read_checkpoint(tmp_path / "x.zip")
+
+
+def test_identifiers_are_not_copied_for_the_asking():
+    """The text of a class is as long as one likes, and each use of it another object."""
+    pid = b"(U\x06modulecos\nsystem\n" + b"N" * 200_000 + b"tq\x01" + b"Q0h\x01" * 300_000 + b"Q."
+    with pytest.raises(ValueError, match="neither a storage nor a class"):
+        LegacyFile(io.BytesIO(pid := b"\x80\x02" + pid), len(pid))
 
 
 def test_lists_are_not_copied_for_the_asking():

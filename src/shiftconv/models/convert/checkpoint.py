@@ -2,12 +2,14 @@
 
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,7 +22,7 @@ WRAPPERS = ("net", "model", "state_dict", "model_state_dict", "module", "model_e
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _MAX_ITEMS, _MAX_DEPTH, _MAX_KEY = 100_000, 50, 1000
 _MAX_REPEATS = 4  # how often, on average, a file may use its bytes: weights can be shared
-_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OverflowError, OSError, ValueError)
+_ZIP_ERRORS = (zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OverflowError, OSError, ValueError)
 
 
 @dataclass
@@ -51,9 +53,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        near = (
-            get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1) if path.parent.is_dir() else []
-        )
+        near = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
         raise FileNotFoundError(f"no checkpoint {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if not path.is_file():
         raise ValueError(f"{path} is not a file{'; it is a folder' if path.is_dir() else ''}")
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _read(path: Path, file: BinaryIO, size: int) -> Checkpoint:
+def _read(path: Path, file: BufferedIOBase, size: int) -> Checkpoint:
     head = file.read(1024)
     file.seek(0)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
@@ -102,11 +102,21 @@ def _read_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
             said: dict[str, str] = file.metadata() or {}
-        meta: dict[str, Any] = {key: said[key] for key in ("model", "source") if key in said}
-        meta |= {key: json.loads(said[key]) for key in ("model_args", "epoch", "acc", "metrics") if key in said}
-    except (SafetensorError, RecursionError, ValueError, OverflowError) as error:
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise PickleError(f"damaged safetensors file ({error})") from error
-    return Checkpoint(_strip(state_dict), {"kind": "safetensors", **meta})
+    meta: dict[str, Any] = {"kind": "safetensors"}
+    meta |= {key: _json(said[key]) for key in ("epoch", "acc", "metrics") if key in said}
+    if "model" in said and "model_args" in said:
+        meta |= {"model": said["model"], "model_args": _json(said["model_args"])}
+    return Checkpoint(_strip(state_dict), meta)
+
+
+def _json(text: str) -> Any:
+    """What the text says in JSON, or the text itself: other programs write metadata too."""
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return text[:_MAX_KEY]
 
 
 def _read_torch(file: TorchFile, container: str, size: int) -> Checkpoint:
@@ -186,7 +196,7 @@ class _Walk:
     def tensor(self, key: str, value: object) -> None:
         if not isinstance(value, TensorRecord):
             what = value.what if isinstance(value, Made) else type(value).__name__
-            raise PickleError(f"{key[:100]!r} is no dense tensor but {str(what)[:80]}")
+            raise PickleError(f"{key[:100]!r} is no dense tensor but {str(what)[:80]!r}")
         self.records[key] = value
 
 

@@ -46,7 +46,9 @@ class Difference:
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(key[:120] for key in keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    return ", ".join(repr(key[:120])[1:-1] for key in keys[:5]) + (
+        f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    )
 
 
 def compare(state_dict: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> Difference:

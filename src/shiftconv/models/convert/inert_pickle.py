@@ -9,7 +9,8 @@ Source of the opcodes: the documentation of ``pickletools`` in Python's standard
 
 import struct
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NoReturn
+from io import BufferedIOBase
+from typing import Any, NoReturn
 
 OPCODE_LIMIT = 2_000_000  # the largest genuine checkpoints, with optimizer states, need some hundred thousand
 _NAME_LIMIT = 1000  # bytes of a module or class name
@@ -67,7 +68,7 @@ class InertUnpickler:
         end: no byte from here on exists, whatever the file claims.
     """
 
-    def __init__(self, file: BinaryIO, end: int):
+    def __init__(self, file: BufferedIOBase, end: int):
         self.file, self.end = file, end
         self.opcodes_left = OPCODE_LIMIT
         self.stack: list[Any] = []

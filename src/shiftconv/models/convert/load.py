@@ -44,6 +44,11 @@ class Report:
     parameters: int
     meta: dict[str, Any]
 
+    def __str__(self) -> str:
+        facts = "".join(f", {key} {self.meta[key]}" for key in ("epoch", "acc") if key in self.meta)
+        what = f"{Identity(self.model, self.model_args)}, {self.parameters} parameters{facts}"
+        return f"{self.source} ({self.kind}) -> {self.target}: {what}"
+
 
 def load_checkpoint(model: nn.Module | None, path: _StrPath) -> nn.Module:
     """Fill ``model`` with the weights of a file, all of them; or build the network that the file holds.

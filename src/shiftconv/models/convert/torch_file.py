@@ -10,7 +10,8 @@ import io
 import math
 import zipfile
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class TensorRecord:
 class TorchUnpickler(InertUnpickler):
     """Knows tensors, storages and plain containers; every other class stays a :class:`Made`."""
 
-    def __init__(self, file: BinaryIO, end: int):
+    def __init__(self, file: BufferedIOBase, end: int):
         super().__init__(file, end)
         self.storages: dict[str, Storage] = {}
 
@@ -87,8 +88,8 @@ class TorchUnpickler(InertUnpickler):
         return entries
 
     def persistent(self, pid: object) -> object:
-        kind, *fields = pid if isinstance(pid, tuple) and pid else (None,)
-        if kind == "module" and fields:  # (class, source file, source text): its text is never looked at
+        kind, *fields = pid if isinstance(pid, tuple) and 2 <= len(pid) <= 6 else (None,)
+        if kind == "module":  # class, source file, source text; the last two are never looked at
             return fields[0]
         if kind != "storage" or len(fields) not in (4, 5):
             self.fail("an outside object that is neither a storage nor a class")
@@ -128,7 +129,7 @@ class TorchFile:
     content: Any
     storages: dict[str, Storage]
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: BufferedIOBase, size: int):
         self.file, self.size = file, size
         self._loaded: dict[str, Tensor] = {}
 
@@ -170,7 +171,7 @@ def _numbers(values: object) -> tuple[int, ...]:
 class LegacyFile(TorchFile):
     """The format of torch before 1.6."""
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: BufferedIOBase, size: int):
         super().__init__(file, size)
         unpickler = TorchUnpickler(file, size)
         if unpickler.load() != MAGIC:
@@ -207,7 +208,7 @@ class LegacyFile(TorchFile):
     def read(self, storage: Storage) -> bytearray:
         self.file.seek(self._positions[storage.key])
         data = bytearray(storage.numel * storage.dtype.itemsize)
-        if self.file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        if self.file.readinto(data) != len(data):
             raise PickleError("the file became shorter while it was read")
         return data
 
@@ -215,7 +216,7 @@ class LegacyFile(TorchFile):
 class ZipFile(TorchFile):
     """The format of torch from 1.6 on."""
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: BufferedIOBase, size: int):
         super().__init__(file, size)
         self._archive = zipfile.ZipFile(file)
         entries = self._archive.infolist()

@@ -67,7 +67,7 @@ inline int64_t window_at(int64_t index, int64_t bytes) { return std::min(index *
 #if defined(__AVX512BW__)
 constexpr bool has_windows = true;
 
-// A whole load. The compiler would fuse it with the blend that follows into a masked load, were it not hidden from it.
+// A whole load, hidden from the compiler, which would fuse it with the blend that follows into a slower masked load.
 inline __m512i load_whole(const char* from) {
   __m512i bytes = _mm512_loadu_si512(from);
   __asm__("" : "+v"(bytes));
@@ -87,7 +87,7 @@ inline void run_windows(char* to, const char* from, int64_t stride, const Window
     const Step* const end = step + w->steps;
     for (++step; step < end; ++step) {
       at = source + step->delta;
-      const __mmask64 mask = step->mask;
+      const uint64_t mask = step->mask;
 #pragma GCC unroll 8
       for (int i = 0; i < blocks; ++i) bytes[i] = _mm512_mask_mov_epi8(bytes[i], mask, load_whole(at + i * stride));
     }

@@ -124,6 +124,9 @@ class PlaneProgram {
     high_ = std::max(high_, bytes_ + delta_);
   }
 
+  // Windows of several steps lose against a linear move once the plane is larger than a page.
+  bool pays() const { return uniform_ || bytes_ <= 4096; }
+
   // Whether all loads for the plane at `from` stay inside the tensor [first, last).
   bool fits(const char* from, const char* first, const char* last) const {
     return from - first + low_ >= 0 && last - from - high_ >= 0;
@@ -212,7 +215,7 @@ void shift_planes(T* to, const T* from, const Shape& s, const Groups& groups, bo
     for (int64_t plane = begin; plane < end; ++plane, c = c + 1 < s.c ? c + 1 : 0) {
       const int32_t g = groups.of_channel[c];
       const char* const source = first + plane * bytes;
-      if (!programs.empty() && programs[g].fits(source, first, last))
+      if (!programs.empty() && programs[g].pays() && programs[g].fits(source, first, last))
         programs[g].run(reinterpret_cast<char*>(to + plane * volume), source);
       else
         planes[g].run(to + plane * volume, from + plane * volume);

@@ -9,6 +9,10 @@
 #include <array>
 #include <cstdint>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its old name only
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace shiftconv {
 
 using torch::stable::Tensor;

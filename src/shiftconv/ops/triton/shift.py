@@ -5,7 +5,8 @@ every run. Along an axis S' gathers at most two sources; under ``replicate`` the
 """
 
 # Tensors inside a kernel are triton's own, which has no types for them.
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# ruff: noqa: SIM109 (kernels know no sets of constants)
 
 import torch
 import triton
@@ -145,8 +146,7 @@ def source_at(i, first, second, MODE: tl.constexpr):
     """Source number ``i`` of an axis."""
     if MODE == REPLICATE:
         return first + i
-    else:
-        return tl.where(i == 0, first, second)
+    return tl.where(i == 0, first, second)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def sources(p, offset, size, valid, PRESENT: tl.constexpr, MODE: tl.constexpr, T
         inside = (at >= 0) & (at < size)
         if MODE == ZEROS:
             return at, tl.where(inside, one, 0), at
-        elif MODE == REPLICATE:
+        if MODE == REPLICATE:
             at = tl.minimum(tl.maximum(at, 0), size - 1)
         elif MODE == CIRCULAR:
             at = tl.where(at < 0, at + size, tl.where(at >= size, at - size, at))
@@ -175,23 +175,22 @@ def sources(p, offset, size, valid, PRESENT: tl.constexpr, MODE: tl.constexpr, T
     # S' at p: all q with p as the source of q. The direct one is p + o, the folded one a mirror image of it.
     direct = p + o
     if MODE == REPLICATE:
-        # Positions whose source falls off an end all read the pixel there: [0, o] read 0, [size - 1 + o, size) the last.
+        # Positions whose source falls off an end read the pixel there: [0, o] the first, [size - 1 + o, size) the last.
         low = tl.where(p == 0, 0, direct)
         high = tl.where(p == size - 1, size - 1, direct)
         low = tl.maximum(low, 0)
         high = tl.minimum(high, size - 1)
         return low, tl.maximum(high - low + 1, 0), low
+    if MODE == REFLECT:
+        mirrored = tl.where(o > 0, o - p, 2 * (size - 1) - p + o)
+        folds = tl.where(o > 0, (p > 0) & (p <= o), (p < size - 1) & (p >= size - 1 + o))
     else:
-        if MODE == REFLECT:
-            mirrored = tl.where(o > 0, o - p, 2 * (size - 1) - p + o)
-            folds = tl.where(o > 0, (p > 0) & (p <= o), (p < size - 1) & (p >= size - 1 + o))
-        else:
-            mirrored = tl.where(o > 0, o - 1 - p, 2 * size - 1 - p + o)
-            folds = tl.where(o > 0, p < o, p >= size + o)
-        folds = folds & (mirrored >= 0) & (mirrored < size)
-        is_direct = (direct >= 0) & (direct < size)
-        first = tl.where(is_direct, direct, mirrored)
-        return first, is_direct.to(p.dtype) + folds.to(p.dtype), mirrored
+        mirrored = tl.where(o > 0, o - 1 - p, 2 * size - 1 - p + o)
+        folds = tl.where(o > 0, p < o, p >= size + o)
+    folds = folds & (mirrored >= 0) & (mirrored < size)
+    is_direct = (direct >= 0) & (direct < size)
+    first = tl.where(is_direct, direct, mirrored)
+    return first, is_direct.to(p.dtype) + folds.to(p.dtype), mirrored
 
 
 @triton.jit
@@ -199,13 +198,12 @@ def normal(o, size, MODE: tl.constexpr):
     """The smallest offset that does the same; at most ``size`` either way, so that one fold finds every source."""
     if MODE == ZEROS or MODE == REPLICATE:
         return tl.minimum(tl.maximum(o, -size), size)
+    if MODE == CIRCULAR:
+        period = size
+    elif MODE == REFLECT:
+        period = tl.maximum(2 * size - 2, 1)
     else:
-        if MODE == CIRCULAR:
-            period = size
-        elif MODE == REFLECT:
-            period = tl.maximum(2 * size - 2, 1)
-        else:
-            period = 2 * size
-        o = o % period  # in the range of C: the sign of o
-        o = tl.where(o + o > period, o - period, o)
-        return tl.where(o + o < -period, o + period, o)
+        period = 2 * size
+    o = o % period  # in the range of C: the sign of o
+    o = tl.where(o + o > period, o - period, o)
+    return tl.where(o + o < -period, o + period, o)
