@@ -48,5 +48,5 @@ def __dir__() -> list[str]:
 
 
 # timm knows our networks as soon as this package is imported; only the command itself waits until a verb needs them.
-if Path(getattr(sys, "argv", None) and sys.argv[0] or "").stem != "shiftconv":
+if Path(sys.argv[0] if sys.argv else "").stem != "shiftconv":
     import_module("shiftconv.models")

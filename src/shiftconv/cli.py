@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from shiftconv.train.recipe import Recipe
 
-ModelArgs = dict[str, int | float | bool | str | list | None]  # type: ignore[type-arg]  # YAML values
+ModelArgs = dict[str, Any]
 
 
 def demo(out: Path = Path("shiftconv-demo"), seed: int = 0, epochs: int | None = None) -> None:
@@ -30,13 +30,14 @@ def demo(out: Path = Path("shiftconv-demo"), seed: int = 0, epochs: int | None =
     Args:
         out: folder for the pictures, the report and both runs.
         seed: seed of both runs.
-        epochs: passes over the training images; None takes the recipe's number.
+        epochs: passes over the training images; the recipes' number unless given.
     """
     from shiftconv.recipes.demo import demo as run
     from shiftconv.train.progress import RichProgress
 
     result = run(out, seed=seed, epochs=epochs, progress=RichProgress())
-    _show(result.table(), *result.next_steps())
+    _show(result.table())
+    _line(*result.next_steps())
 
 
 def list_(what: Literal["all", "models", "recipes", "data"] = "all", pattern: str = "*") -> None:
@@ -106,7 +107,7 @@ def evaluate(
     from shiftconv.train.checkpoint import load
     from shiftconv.train.data import open_data
     from shiftconv.train.device import pick_device
-    from shiftconv.train.evaluate import evaluate as run
+    from shiftconv.train.evaluation import evaluate as run
     from shiftconv.train.progress import RichProgress
     from shiftconv.train.recipe import Recipe
 
@@ -227,8 +228,12 @@ def _run(argv: list[str]) -> None:
 
 
 def _usage() -> str:
-    verbs = (f"  {name:<9}{(function.__doc__ or '').splitlines()[0]}" for name, function in VERBS.items())
+    verbs = (f"  {name:<9}{_summary(function)}" for name, function in VERBS.items())
     return "\n".join(["usage: shiftconv VERB [options]", "", *verbs, "", "shiftconv VERB --help tells the options."])
+
+
+def _summary(function: Callable[..., None]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
 
 
 def _parser(verb: str) -> "ArgumentParser":
@@ -237,10 +242,10 @@ def _parser(verb: str) -> "ArgumentParser":
 
     function = VERBS[verb]
     parser = ArgumentParser(
-        prog=f"shiftconv {verb}", description=function.__doc__.splitlines()[0], exit_on_error=False, allow_abbrev=False
+        prog=f"shiftconv {verb}", description=_summary(function), exit_on_error=False, allow_abbrev=False
     )
-    skip = {"train": {"recipe", "name"}, "list": {"what"}}.get(verb)
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
+    skip: dict[str, set[str | int]] = {"train": {"recipe", "name"}, "list": {"what"}}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip.get(verb))
     if verb == "list":
         parser.add_argument("what", nargs="?", type=signature(list_).parameters["what"].annotation, default="all")
     return parser

@@ -41,7 +41,7 @@ def test_the_whole_demo(tmp_path):
     from shiftconv.models import create_model
     from shiftconv.train import checkpoint
     from shiftconv.train.data import open_data
-    from shiftconv.train.evaluate import evaluate
+    from shiftconv.train.evaluation import evaluate
     from shiftconv.train.events import EpochDone
 
     threads, events = torch.get_num_threads(), []

@@ -150,7 +150,8 @@ def resnet(
     """The baseline. ``reduction`` divides its parameters, roughly.
 
     ``reduction_mode`` says where: ``block`` divides the channels inside each block by ``reduction``, ``net`` all
-    channels by its square root. ``project_shortcuts``: see :func:`shiftresnet`.
+    channels by its square root. ``project_shortcuts`` puts a convolution into the shortcut of every block whose inside is
+    narrower or wider than its input, as checkpoints from before 2018 have it.
     """
     _positive("reduction", reduction)
     if reduction_mode not in get_args(ReductionMode):
@@ -172,7 +173,7 @@ def shiftresnet(
 ) -> CifarNet:
     """The network of the paper; ``expansion`` multiplies the channels that are shifted.
 
-    ``project_shortcuts`` puts a convolution into the shortcut of every block, as checkpoints from before 2018 have it.
+    ``project_shortcuts`` puts a convolution into the shortcut of every block.
     """
     block = partial(ShiftBlock, expansion=_positive("expansion", expansion), project=project_shortcuts)
     return CifarNet(depth, block, drop_path_rate=drop_path_rate, **trunk)

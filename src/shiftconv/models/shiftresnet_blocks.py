@@ -24,7 +24,8 @@ class BasicBlock(nn.Module):
         mid = _width(1 / reduction * out_chs, f"reduction={reduction}", out_chs)
         self.conv1, self.bn1 = _conv(in_chs, mid, 3, stride), nn.BatchNorm2d(mid)
         self.conv2, self.bn2 = _conv(mid, out_chs, 3), nn.BatchNorm2d(out_chs)
-        self.shortcut = _shortcut(in_chs, out_chs, stride, project)
+        # The released rule of old: a convolution where the inside of the block differs in width from its input.
+        self.shortcut = _shortcut(in_chs, out_chs, stride, project and mid != in_chs)
         self.drop_path, self.act = _drop_path(drop_path), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from shiftconv.analysis import draw
 from shiftconv.analysis.report import Block, Commands, Facts, Picture, Pictures, Report, Section, Table, write_report
 from shiftconv.nn import GroupShift2d
 from shiftconv.ops import backend
-from shiftconv.train.images import MemoryImages
+from shiftconv.train.data.images import MemoryImages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from shiftconv.train.checkpoint import Checkpoint, CheckpointError
     from shiftconv.train.data import DataSets, open_data
     from shiftconv.train.device import pick_device
-    from shiftconv.train.evaluate import Metrics, evaluate
+    from shiftconv.train.evaluation import Metrics, evaluate
     from shiftconv.train.loop import Diverged, Result, train
     from shiftconv.train.progress import RichProgress
     from shiftconv.train.recipe import Data, Optim, Recipe
@@ -18,12 +18,12 @@ _HOME = {  # public name: the module that holds it
     "Data": "recipe",
     "DataSets": "data",
     "Diverged": "loop",
-    "Metrics": "evaluate",
+    "Metrics": "evaluation",
     "Optim": "recipe",
     "Recipe": "recipe",
     "Result": "loop",
     "RichProgress": "progress",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "open_data": "data",
     "pick_device": "device",
     "train": "loop",

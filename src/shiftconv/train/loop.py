@@ -18,10 +18,10 @@ from shiftconv.train.checkpoint import Checkpoint
 from shiftconv.train.checkpoint import load as load_checkpoint
 from shiftconv.train.curves import Curves
 from shiftconv.train.data import DataSets, Split, open_data
+from shiftconv.train.data.loader import to_device
 from shiftconv.train.device import autocast, check_amp, determinism, pick_device
-from shiftconv.train.evaluate import Meter, Metrics, evaluate
+from shiftconv.train.evaluation import Meter, Metrics, evaluate
 from shiftconv.train.events import Ended, EpochDone, Note, Progress, Started, Step, silent
-from shiftconv.train.loader import to_device
 from shiftconv.train.optim import create_optimizer, create_scheduler
 from shiftconv.train.recipe import Recipe
 from shiftconv.train.run import RunFolder

@@ -27,7 +27,6 @@ PUBLISHED = [  # the networks of the authors' tables
 OTHERS = [
     ("shiftresnet20", dict(expansion=1.0, project_shortcuts=True)),
     ("resnet20", dict(reduction=2.8, reduction_mode="block", project_shortcuts=True)),
-    ("resnet20", dict(project_shortcuts=True)),
     ("resnet32", dict(reduction=0.25, reduction_mode="net")),
     ("shiftresnet20", dict(expansion=0.5, in_chans=1)),
     ("shiftresnet20", dict(expansion=1.0, global_pool="catavgmax")),
@@ -43,7 +42,6 @@ def test_arguments_come_back(name, arguments, classes):
     assert (identity.model, identity.model_args) == (name, {**arguments, "num_classes": classes})
 
 
-@pytest.mark.xfail(strict=True, reason="BasicBlock projects everywhere; the old rule was in_chs != mid")
 def test_old_shortcuts_of_hardly_reduced_blocks():
     """Before 2018 a block had a convolution in its shortcut where its inside was narrower or wider than its input."""
     weights = dict(empty("resnet20", reduction=0.98, reduction_mode="block"))  # 16, 32 and 65 inside

@@ -66,6 +66,10 @@ inline int64_t window_at(int64_t index, int64_t bytes) { return std::min(index *
 
 #if defined(__AVX512BW__)
 constexpr bool has_windows = true;
+#ifndef AHEAD
+#define AHEAD 4096
+#define AHEAD_OUT 4096
+#endif
 
 // A whole load, hidden from the compiler, which would fuse it with the blend that follows into a slower masked load.
 inline __m512i load_whole(const char* from) {
@@ -74,12 +78,24 @@ inline __m512i load_whole(const char* from) {
   return bytes;
 }
 
+inline void blend(__m512i& bytes, uint64_t mask, const char* from) {
+  using Anywhere [[gnu::aligned(1), gnu::may_alias]] = __m512i;
+  __asm__("vpblendmb %1, %0, %0 %{%2%}"
+          : "+v"(bytes)
+          : "m"(*reinterpret_cast<const Anywhere*>(from)), "Yk"(static_cast<__mmask64>(mask)));
+}
+
 // `blocks` blocks, `stride` bytes apart, that gather alike: a step is fetched once for all of them.
 template <int blocks>
 inline void run_windows(char* to, const char* from, int64_t stride, const Window* windows, int64_t count,
-                        const Step* step) {
+                        const Step* step, int64_t ahead = 0) {
   for (const Window* w = windows; w < windows + count; ++w) {
     const char* source = from + w->at;
+#pragma GCC unroll 8
+    for (int i = 0; i < blocks; ++i) {
+      __builtin_prefetch(source + ahead + i * stride);
+      __builtin_prefetch(to + w->at + AHEAD_OUT + i * stride, 1);
+    }
     __m512i bytes[blocks];
     const char* at = source + step->delta;
 #pragma GCC unroll 8
@@ -89,7 +105,7 @@ inline void run_windows(char* to, const char* from, int64_t stride, const Window
       at = source + step->delta;
       const uint64_t mask = step->mask;
 #pragma GCC unroll 8
-      for (int i = 0; i < blocks; ++i) bytes[i] = _mm512_mask_mov_epi8(bytes[i], mask, load_whole(at + i * stride));
+      for (int i = 0; i < blocks; ++i) blend(bytes[i], mask, at + i * stride);
     }
     if (~w->covered) {
       const __m512i covered = _mm512_movm_epi8(w->covered);

@@ -18,6 +18,7 @@ class Lanes {
   struct Plan {
     std::vector<Window> windows;
     std::vector<Step> steps;
+    int64_t farthest = 0;
     std::vector<int64_t> delta;  // by channel, where there are no windows
   };
 
@@ -48,6 +49,8 @@ class Lanes {
     plan.windows.clear();
     plan.steps.clear();
     plan.delta.clear();
+    plan.farthest = 0;
+    for (const int64_t d : delta) plan.farthest = std::max(plan.farthest, d);
     size_t i = 0;
     for (const size_t end : ends_) {
       const size_t first = plan.steps.size();
@@ -73,10 +76,10 @@ class Lanes {
     const char* f = reinterpret_cast<const char*>(from);
     const auto count = static_cast<int64_t>(plan.windows.size());
     if (count > 0) {
-      for (; pixels >= 4; pixels -= 4, t += 4 * bytes_, f += 4 * bytes_)
-        run_windows<4>(t, f, bytes_, plan.windows.data(), count, plan.steps.data());
+      for (; bytes_ <= 1024 && pixels >= 4; pixels -= 4, t += 4 * bytes_, f += 4 * bytes_)
+        run_windows<4>(t, f, bytes_, plan.windows.data(), count, plan.steps.data(), plan.farthest + AHEAD);
       for (; pixels > 0; --pixels, t += bytes_, f += bytes_)
-        run_windows<1>(t, f, 0, plan.windows.data(), count, plan.steps.data());
+        run_windows<1>(t, f, 0, plan.windows.data(), count, plan.steps.data(), plan.farthest + AHEAD);
       return;
     }
     for (; pixels > 0; --pixels, to += group_.size(), f += bytes_)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from shiftconv.train.evaluate import evaluate
+from shiftconv.train.evaluation import evaluate
 
 
 class Table(nn.Module):

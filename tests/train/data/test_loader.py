@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from shiftconv.train.data import open_data
-from shiftconv.train.images import Augment, MemoryImages
-from shiftconv.train.loader import Loader
+from shiftconv.train.data.images import Augment, MemoryImages
+from shiftconv.train.data.loader import Loader
 from shiftconv.train.recipe import Data
 
 PLAIN = ((0.0,) * 3, (1.0,) * 3)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from shiftconv.train.images import Normalisation
-from shiftconv.train.source import Source
-from shiftconv.train.splits import stratified
+from shiftconv.train.data.images import Normalisation
+from shiftconv.train.data.source import Source
+from shiftconv.train.data.splits import stratified
 
 SIZE = 32
 TEST_SHARE = 0.2

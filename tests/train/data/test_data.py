@@ -8,8 +8,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from shiftconv.train import cifar
-from shiftconv.train.data import names, open_data
+from shiftconv.train.data import cifar, names, open_data
 from shiftconv.train.recipe import Data
 
 

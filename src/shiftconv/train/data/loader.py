@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
-from shiftconv.train.images import BadImage, Images, MemoryImages
+from shiftconv.train.data.images import BadImage, Images, MemoryImages
 from shiftconv.train.seed import Stream, generator
 
 Batch = tuple[Tensor, Tensor]

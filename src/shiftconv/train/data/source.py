@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shiftconv.train.images import Normalisation
+from shiftconv.train.data.images import Normalisation
 
 
 @dataclass(frozen=True)

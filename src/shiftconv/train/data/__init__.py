@@ -7,9 +7,9 @@ from typing import Literal, cast, get_args
 import torch
 
 from shiftconv.names import unknown
-from shiftconv.train import cifar, digits, folders
-from shiftconv.train.images import Augment, Images, MemoryImages, Normalisation
-from shiftconv.train.loader import Loader
+from shiftconv.train.data import cifar, digits, folders
+from shiftconv.train.data.images import Augment, Images, MemoryImages, Normalisation
+from shiftconv.train.data.loader import Loader
 from shiftconv.train.recipe import Data, DataName
 
 Split = Literal["train", "val", "test"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from shiftconv.train.data.loader import Batch, to_device
 from shiftconv.train.device import autocast, check_amp
 from shiftconv.train.events import Progress, Step, silent
-from shiftconv.train.loader import Batch, to_device
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from shiftconv.train.splits import stratified
+from shiftconv.train.data.splits import stratified
 
 
 def test_stratified_disjoint_and_whole():

@@ -6,8 +6,8 @@ from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsa
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from shiftconv.train.images import FileImages, Normalisation
-from shiftconv.train.splits import stratified
+from shiftconv.train.data.images import FileImages, Normalisation
+from shiftconv.train.data.splits import stratified
 
 NORMALISATION: Normalisation = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CROP_SHARE = 0.875  # the centre of a validation image that is looked at, as 224 of 256 pixels

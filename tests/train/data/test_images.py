@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from shiftconv.train.images import Augment, MemoryImages
+from shiftconv.train.data.images import Augment, MemoryImages
 
 PLAIN = ((0.0,) * 3, (1 / 255,) * 3)  # serves the pixels as they are
 

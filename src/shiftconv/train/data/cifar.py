@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from shiftconv.train.images import Normalisation
-from shiftconv.train.source import Source
-from shiftconv.train.splits import stratified
+from shiftconv.train.data.images import Normalisation
+from shiftconv.train.data.source import Source
+from shiftconv.train.data.splits import stratified
 
 CLASSES: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # The values that the ShiftResNet authors use for both.
