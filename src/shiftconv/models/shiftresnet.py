@@ -150,8 +150,8 @@ def resnet(
     """The baseline. ``reduction`` divides its parameters, roughly.
 
     ``reduction_mode`` says where: ``block`` divides the channels inside each block by ``reduction``, ``net`` all
-    channels by its square root. ``project_shortcuts`` puts a convolution into the shortcut of every block whose inside is
-    narrower or wider than its input, as checkpoints from before 2018 have it.
+    channels by its square root. ``project_shortcuts`` puts a convolution into the shortcut of every block whose inside
+    is narrower or wider than its input, as checkpoints from before 2018 have it.
     """
     _positive("reduction", reduction)
     if reduction_mode not in get_args(ReductionMode):

@@ -18,7 +18,7 @@ class Lanes {
   struct Plan {
     std::vector<Window> windows;
     std::vector<Step> steps;
-    int64_t farthest = 0;
+    int64_t farthest = 0;        // the largest delta
     std::vector<int64_t> delta;  // by channel, where there are no windows
   };
 
@@ -76,10 +76,10 @@ class Lanes {
     const char* f = reinterpret_cast<const char*>(from);
     const auto count = static_cast<int64_t>(plan.windows.size());
     if (count > 0) {
-      for (; bytes_ <= 1024 && pixels >= 4; pixels -= 4, t += 4 * bytes_, f += 4 * bytes_)
-        run_windows<4>(t, f, bytes_, plan.windows.data(), count, plan.steps.data(), plan.farthest + AHEAD);
+      for (; pixels >= 4; pixels -= 4, t += 4 * bytes_, f += 4 * bytes_)
+        run_windows<4>(t, f, bytes_, plan.windows.data(), count, plan.steps.data(), plan.farthest);
       for (; pixels > 0; --pixels, t += bytes_, f += bytes_)
-        run_windows<1>(t, f, 0, plan.windows.data(), count, plan.steps.data(), plan.farthest + AHEAD);
+        run_windows<1>(t, f, 0, plan.windows.data(), count, plan.steps.data(), plan.farthest);
       return;
     }
     for (; pixels > 0; --pixels, to += group_.size(), f += bytes_)

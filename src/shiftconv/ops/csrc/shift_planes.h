@@ -134,7 +134,7 @@ class PlaneProgram {
 
   void run(char* to, const char* from) const {
     if (uniform_) return run_uniform(to, from + delta_, bytes_, masks_.data());
-    run_windows<1>(to, from, 0, windows_.data(), static_cast<int64_t>(windows_.size()), steps_.data());
+    run_windows<1>(to, from, 0, windows_.data(), static_cast<int64_t>(windows_.size()), steps_.data(), 0);
   }
 
  private:
