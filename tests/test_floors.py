@@ -6,6 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "shiftconv"
 BELOW = {  # floor: the shiftconv packages that it may import
     "names": set(),
+    "files": set(),
     "_version": set(),
     "ops": set(),
     "sparse": set(),
@@ -18,7 +19,7 @@ BELOW = {  # floor: the shiftconv packages that it may import
     "deploy": {"ops", "nn", "sparse", "models", "analysis"},
     "recipes": {"ops", "nn", "models", "analysis", "train", "deploy"},
 }
-GROUND = {"names", "_version"}  # floor 0: every module may import it
+GROUND = {"names", "files", "_version"}  # floor 0: every module may import it
 FOREIGN = {"ops": {"timm"}, "nn": {"timm"}, "sparse": {"timm"}, "distill": {"timm"}}  # what a floor never imports
 ROOF = {"cli", "__main__", "__init__"}  # may import anything below
 

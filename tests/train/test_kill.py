@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from shiftconv.train import files
+from shiftconv import files
 from shiftconv.train.loop import Trainer, train
 from shiftconv.train.recipe import Recipe
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from shiftconv import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,22 +97,7 @@ def save(fig: Figure, path: str | Path) -> Path:
         raise ValueError(f"the picture's name must end in one of {', '.join(sorted(known))}, got {path.name!r}")
     buffer = io.BytesIO()
     fig.savefig(buffer, format=suffix, facecolor=fig.get_facecolor())
-    return write(path, buffer.getvalue())
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file that appears whole or not at all."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write(path, buffer.getvalue())
     return path
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from shiftconv.analysis.draw import THEMES, Theme, write
+from shiftconv import files
+from shiftconv.analysis.draw import THEMES, Theme
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -94,7 +95,9 @@ def write_report(report: Report, path: str | Path) -> Path:
         ValueError: if a row has not one cell per column, or a picture is not a PNG file.
         FileNotFoundError: if the folder does not exist.
     """
-    return write(Path(path), render(report).encode())
+    path = Path(path)
+    files.write(path, render(report).encode())
+    return path
 
 
 def render(report: Report) -> str:

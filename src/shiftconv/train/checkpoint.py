@@ -12,7 +12,7 @@ from zipfile import ZipFile
 
 import torch
 
-from shiftconv.train import files
+from shiftconv import files
 
 FORMAT, VERSION = "shiftconv.checkpoint", 1
 

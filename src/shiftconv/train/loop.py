@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shiftconv.train import files
+from shiftconv import files
 from shiftconv.train.checkpoint import Checkpoint
 from shiftconv.train.checkpoint import load as load_checkpoint
 from shiftconv.train.curves import Curves

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from shiftconv import files
 from shiftconv.train import checkpoint as ck
-from shiftconv.train import files
 from shiftconv.train.checkpoint import Checkpoint, CheckpointError
 from shiftconv.train.recipe import Recipe, differences
 

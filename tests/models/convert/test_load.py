@@ -1,5 +1,6 @@
 """Weights end where they belong, or nowhere: loading, converting, and the errors of both."""
 
+import errno
 import json
 import os
 import threading
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from shiftconv.models import create_model
-from shiftconv.models.convert import convert, load, load_checkpoint, read_checkpoint
+from shiftconv.models.convert import convert, load_checkpoint, read_checkpoint
 
 ARGS = dict(expansion=2.5, num_classes=7)
 
@@ -166,13 +167,11 @@ def test_nothing_half_written_is_left(name, t7, tmp_path, monkeypatch):
     target = tmp_path / name
     target.write_bytes(b"earlier")
 
-    def full(weights, path, **_):
-        path.write_bytes(b"half of it")
-        raise OSError("no space left on device")
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(load, "save_file", full)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
         convert(t7, target)
     assert target.read_bytes() == b"earlier"
     assert [p.name for p in tmp_path.iterdir()] == [name]

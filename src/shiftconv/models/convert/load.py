@@ -1,18 +1,19 @@
 """Weights from any checkpoint into a network, and from one file format into another."""
 
 import inspect
+import io
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shiftconv import files
 from shiftconv.models import create_model
 from shiftconv.models.convert.checkpoint import Checkpoint, read_checkpoint
 from shiftconv.models.convert.identity import COUNTER, Identity, compare, identify, verify
@@ -142,22 +143,11 @@ def convert(source: _StrPath, target: _StrPath) -> Report:
     weights = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
     meta = {key: value for key, value in checkpoint.meta.items() if key in ("epoch", "acc", "metrics")}
     if target.suffix == ".pth":
-        _replace(target, lambda path: torch.save(weights, path))
+        torch.save(weights, buffer := io.BytesIO())
+        files.write(target, buffer.getbuffer())
     else:
         said = dict(format="pt", model=identity.model, model_args=json.dumps(identity.model_args))
         said |= dict(source=checkpoint.meta["kind"], **{key: json.dumps(value) for key, value in meta.items()})
-        _replace(target, lambda path: save_file(weights, path, metadata=said))
+        files.write(target, safetensors.torch.save(weights, said))
     count = sum(parameter.numel() for parameter in network.parameters())
     return Report(source, target, checkpoint.meta["kind"], identity.model, identity.model_args, count, meta)
-
-
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``target``, then rename: whoever looks sees the old file or the new one, whole."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -122,6 +122,8 @@ inline void run_windows(char* to, const char* from, int64_t stride, const Window
 inline void run_uniform(char* to, const char* from, int64_t bytes, const uint64_t* mask) {
   const int64_t whole = bytes / window_size;
   for (int64_t i = 0; i < whole; ++i) {
+    __builtin_prefetch(to + i * window_size + fetch_ahead, 1);
+    __builtin_prefetch(from + i * window_size + fetch_ahead);
     const __m512i read = load_whole(from + i * window_size);
     _mm512_storeu_si512(to + i * window_size, _mm512_and_si512(_mm512_movm_epi8(mask[i]), read));
   }

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Floor 0: files that are either whole or not there. Imports nothing of ours, so every floor may use it."""
 
 import os
 import tempfile
@@ -17,8 +17,11 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
         keep: where the old content goes once the new is on the disk; none: nowhere.
 
     Raises:
+        FileNotFoundError: if its folder does not exist.
         OSError: if it cannot be written; names the file. The old content stays, and nothing else is left.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
     partial = Path(name)
     try:

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from shiftconv.train import files
+from shiftconv import files
 
 
 def test_write_replaces(tmp_path):
