@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
@@ -198,6 +199,7 @@ def _without_data() -> Iterator[FakeTensorMode]:
         with (
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
+            sdpa_kernel(SDPBackend.MATH),
             FakeTensorMode(allow_non_fake_inputs=True) as fake,
         ):
             yield fake

@@ -5,7 +5,7 @@ from PIL import Image
 from shiftconv.train.data import open_data
 from shiftconv.train.recipe import Data
 
-from .conftest import make_pictures
+from ..conftest import make_pictures
 
 
 def small(folder, **settings):
