@@ -44,6 +44,17 @@ def test_import_brings_nothing_heavy_beyond_torch_and_timm():
     assert [name for name in HEAVY if name in new] == []
 
 
-def test_the_command_answers_help_without_torch():
-    code = "import sys; sys.argv = ['shiftconv', '--help']; from shiftconv.cli import main; main()"
-    assert python(f"{code}; print('torch' in sys.modules, 'timm' in sys.modules)").splitlines()[-1] == "False False"
+@pytest.mark.parametrize("verb", ["", "train", "eval", "count", "convert", "list", "demo", "doctor"])
+def test_the_command_answers_help_without_torch(verb):
+    argv = [word for word in ("shiftconv", verb, "--help") if word]
+    code = f"import sys; sys.argv = sys.orig_argv = {argv}\nfrom shiftconv.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'timm' in sys.modules)"
+    assert python(code).splitlines()[-1] == "False False"
+
+
+def test_module_and_command_are_the_same():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "shiftconv", "--help"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("usage: shiftconv VERB")
+    assert " torch" not in done.stderr

@@ -90,18 +90,21 @@ def test_count_is_exact_unless_told_otherwise(run):
         ("train", "train needs the name of a recipe or a YAML file first"),
         ("train shiftresnet20_cifar", "unknown recipe 'shiftresnet20_cifar'; did you mean 'shiftresnet20_cifar10'?"),
         ("train nowhere.yaml", "there is no file nowhere.yaml"),
-        ("train shiftresnet20_digits --optim.rl 1", "unrecognized arguments: --optim.rl 1; did you mean --optim.lr?"),
-        ("train shiftresnet20_digits --data.name digit", "did you mean digits?"),
+        ("train shiftresnet20_digits --optim.rl 1", "unknown option optim.rl; did you mean optim.lr?"),
+        ("train shiftresnet20_digits --expansion 1", "an argument of the network goes as --model_args.NAME"),
+        ("train shiftresnet20_digits --data.name digit", "folder, got digit; did you mean digits?"),
+        ("train shiftresnet20_digits --epochs x", "epochs must be int, got x"),
+        ("train shiftresnet20_digits --clip_grad x", "clip_grad must be float or null, got x"),
         ("train shiftresnet20_digits --epochs 0", "epochs must be at least 1, got 0"),
         ("train shiftresnet20_digits --model shiftresnet21 --out {tmp}/r", "did you mean 'shiftresnet20'?"),
         ("count shiftresnet2O", "did you mean 'shiftresnet20'?"),
         ("count shiftresnet20 --convetion readme", "unknown option --convetion; did you mean --convention?"),
         ("count shiftresnet20 --expnsion 3", "no argument 'expnsion'; did you mean 'expansion'?"),
-        ("count shiftresnet20 --size 32 --convention readme", "--size goes with --convention exact"),
+        ("count shiftresnet20 --size 32 --convention readme", "leave --size and --by out"),
         ("count resnet20 --reduction 1000", "reduction=1000"),
-        ("eval", "eval needs --checkpoint FILE"),
+        ("eval", "required: checkpoint"),
         ("eval --checkpoint {tmp}/none.t7", "no checkpoint"),
-        ("eval --checkpoint {tmp}", "it is a folder"),
+        ("eval {tmp}", "it is a folder"),
         ("convert {tmp}/none.t7 {tmp}/a.txt", "must end in .safetensors or .pth"),
         ("doctor --op shfit", "unknown operator 'shfit'; did you mean 'shift'?"),
         ("list modles", "did you mean models?"),
@@ -115,6 +118,26 @@ def test_a_mistake_is_answered_in_one_line(run, tmp_path, line, message):
     assert err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: shiftresnet20\nepochz: 3\n", "unknown option epochz; did you mean epochs?"),
+        ("model: shiftresnet20\noptim:\n  lrr: 3\n", "unknown option lrr; did you mean lr?"),
+        ("", "expected names and values of settings"),
+        ("epochs: [", "Problems parsing config"),
+        ("epochs: 3\n", "required: model"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(run, tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    status, _, err = run("train", "mine.yaml")
+    assert status == 2
+    assert err.startswith("shiftconv: error: mine.yaml: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_traceback_is_shown_when_asked_for(monkeypatch):

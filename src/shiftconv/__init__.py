@@ -47,6 +47,13 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _is_the_command() -> bool:
+    """Whether this process is ``shiftconv ...`` or ``python -m shiftconv ...``."""
+    if "-m" in sys.orig_argv[:-1]:
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1] == "shiftconv"
+    return Path(sys.argv[0] if sys.argv else "").stem == "shiftconv"
+
+
 # timm knows our networks as soon as this package is imported; only the command itself waits until a verb needs them.
-if Path(sys.argv[0] if sys.argv else "").stem != "shiftconv":
+if not _is_the_command():
     import_module("shiftconv.models")

@@ -3,12 +3,14 @@
 Nothing heavy is imported before a verb runs, so ``--help`` and mistakes are answered at once.
 """
 
+import fnmatch
 import os
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from contextlib import closing
+from dataclasses import asdict, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,8 +49,6 @@ def list_(what: Literal["all", "models", "recipes", "data"] = "all", pattern: st
         what: which of them.
         pattern: only names that match, for example "shiftresnet*".
     """
-    from fnmatch import fnmatch
-
     from shiftconv import models, recipes
     from shiftconv.train import data
 
@@ -57,11 +57,12 @@ def list_(what: Literal["all", "models", "recipes", "data"] = "all", pattern: st
         "recipes": (recipes.names(), "shiftconv train NAME"),
         "data": (data.names(), "shiftconv train RECIPE --data.name NAME"),
     }
-    for kind, (all_names, use) in names.items():
-        if what in ("all", kind):
-            _line(f"{kind}    ({use})")
-            for name in filter(lambda name: fnmatch(name, pattern), all_names):
-                _line(f"  {name}")
+    shown = {kind: fnmatch.filter(names[kind][0], pattern) for kind in names if what in ("all", kind)}
+    if not any(shown.values()):
+        raise ValueError(f"no name matches {pattern!r}")
+    for kind, matching in shown.items():
+        if matching:
+            _line(f"{kind}    ({names[kind][1]})", *(f"  {name}" for name in matching))
 
 
 def train(
@@ -84,9 +85,10 @@ def train(
 
 
 def evaluate(
-    checkpoint: Path | None = None,
+    checkpoint: Path,
     data: str | None = None,
     folder: Path | None = None,
+    image_size: int | None = None,
     split: Literal["train", "val", "test"] = "test",
     batch_size: int = 256,
     device: str | None = None,
@@ -94,38 +96,46 @@ def evaluate(
     """Evaluate a checkpoint: ours, a released .t7, .pth or .safetensors; the network is read from the file.
 
     Args:
-        checkpoint: the file.
+        checkpoint: the file; --checkpoint FILE does as well.
         data: digits, cifar10, cifar100, or folder; that of the checkpoint's own run unless given.
         folder: where the images are, or go to.
+        image_size: side of the images in pixels; that of the checkpoint's own run, or of the data set, unless given.
         split: which part of the data set.
         batch_size: images at a time.
         device: cpu, cuda, cuda:1 ...; the GPU when there is one unless given.
     """
-    if checkpoint is None:
-        raise ValueError("eval needs --checkpoint FILE")
-    from shiftconv.models.convert import load_checkpoint
+    from shiftconv.models.convert import load_checkpoint, read_checkpoint
     from shiftconv.train.checkpoint import load
     from shiftconv.train.data import open_data
     from shiftconv.train.device import pick_device
     from shiftconv.train.evaluation import evaluate as run
     from shiftconv.train.progress import RichProgress
-    from shiftconv.train.recipe import Recipe
+    from shiftconv.train.recipe import Data, Recipe
 
-    model = load_checkpoint(None, checkpoint).to(picked := pick_device(device))
-    if data is None and checkpoint.suffix != ".pt":
-        raise ValueError(
-            f"{checkpoint} does not say what it was trained on; name it: --data digits, cifar10, cifar100 or folder"
-        )
-    images = open_data(data or Recipe.from_dict(load(checkpoint).recipe).data, folder)
-    classes = getattr(model, "num_classes", images.num_classes)
+    picked = pick_device(device)
+    run_of_ours = load(checkpoint) if read_checkpoint(checkpoint).meta["kind"] == "shiftconv" else None
+    settings = Recipe.from_dict(run_of_ours.recipe).data if run_of_ours else None
+    if data is not None and (settings is None or settings.name != data):
+        settings, run_of_ours = Data(name=data, folder=str(folder) if folder else None), None  # pyright: ignore[reportArgumentType]
+    if settings is None:
+        names = "digits, cifar10, cifar100 or folder"
+        raise ValueError(f"{checkpoint} does not say what it was trained on; name it: --data {names}")
+    given = {"folder": str(folder) if folder else None, "image_size": image_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    model = load_checkpoint(None, checkpoint).to(picked)
+    images = open_data(replace(settings, augment=False, **given))
+    classes = getattr(model, "num_classes", images.num_classes)  # timm's networks have it, and may be others
     if classes != images.num_classes:
         raise ValueError(f"the network has {classes} classes, the data set {images.name} has {images.num_classes}")
-    progress = RichProgress()
-    _line(f"{split}  {run(model, images.loader(split, batch_size), device=picked, progress=progress, part=split)}")
-    progress.close()
+    learnt = run_of_ours.data.get("class_names") if run_of_ours else None
+    if learnt and list(images.class_names) != learnt:
+        raise ValueError(f"the network was trained on the classes {learnt}, the images have {[*images.class_names]}")
+    with closing(RichProgress()) as progress:
+        metrics = run(model, images.loader(split, batch_size), device=picked, progress=progress, part=split)
+    _line(f"{split}  {metrics}")
 
 
-def count(
+def count_(
     model: str,
     model_args: ModelArgs = {},  # noqa: B006  never changed; jsonargparse shows it
     size: int | None = None,
@@ -148,13 +158,13 @@ def count(
     if convention == "exact":
         counted = exact(create_model(model, **model_args), size=size)
         _line(str(counted) if by == "model" else counted.table())
-    elif size is not None:
-        raise ValueError("the authors' conventions are for 32x32 images only; --size goes with --convention exact")
+    elif size is not None or by != "model":
+        raise ValueError("the authors' conventions are for the network and 32x32 images; leave --size and --by out")
     else:
         _line(*readme_count(model, convention, **model_args).lines())
 
 
-def convert(source: Path, target: Path) -> None:
+def convert_(source: Path, target: Path) -> None:
     """Turn any checkpoint, a released .t7 among them, into .safetensors or .pth; nothing in the file is executed.
 
     Args:
@@ -187,13 +197,14 @@ def doctor(op: str | None = None) -> None:
     _show(machine, "", kernels)
 
 
+# list_, count_ and convert_ share no name with a public function, which jsonargparse would import to compare the two.
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "list": list_,
     "train": train,
     "eval": evaluate,
-    "count": count,
-    "convert": convert,
+    "count": count_,
+    "convert": convert_,
     "doctor": doctor,
 }
 
@@ -206,10 +217,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `shiftconv list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ArgumentError, ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # a person sees one line, whatever it was
         if os.environ.get("SHIFTCONV_TRACEBACK"):
             raise
-        sys.stderr.write(f"shiftconv: error: {error}\n")
+        text = " ".join(str(error).split())
+        if not isinstance(error, ValueError | TypeError | ImportError | OSError | RuntimeError):
+            text = f"{type(error).__name__}: {text} (unexpected; SHIFTCONV_TRACEBACK=1 shows where)"
+        sys.stderr.write(f"shiftconv: error: {text}\n")
         sys.exit(2)
 
 
@@ -263,33 +277,51 @@ def _train(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
             parser.parse_args(["--help"])
-        raise ValueError(
-            f"train needs the name of a recipe or a YAML file first. Recipes: {', '.join(recipes.names())}"
-        )
+        raise ValueError("train needs the name of a recipe or a YAML file first; `shiftconv list recipes` shows them")
     name, *argv = argv
-    if Path(name).suffix in (".yaml", ".yml"):
-        if not Path(name).is_file():
+    file = Path(name)
+    if file.suffix in (".yaml", ".yml"):
+        if not file.is_file():
             raise FileNotFoundError(f"there is no file {name}")
-        argv = ["--config", name, *argv]
+        try:
+            _parse(parser, ["--config", name])  # alone first, so that its mistakes are told as the file's
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        argv, name = ["--config", name, *argv], file.parent.name if file.stem == "config" else file.stem
     else:
         parser.set_defaults(asdict(recipes.get(name)))
     parsed = _parse(parser, _spell(argv, "train"))
     recipe = Recipe(**{f.name: parsed[f.name] for f in fields(Recipe)})
-    train(recipe, Path(name).stem, out=parsed.out, resume=parsed.resume, device=parsed.device)
+    train(recipe, name, out=parsed.out, resume=parsed.resume, device=parsed.device)
 
 
 def _parse(parser: "ArgumentParser", argv: list[str]) -> Any:
-    """What the options say, as objects; a mistake is told with the name that was probably meant."""
+    """What the options say, as objects."""
     try:
         return parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        text = re.sub(r"<class '(\w+)'>", r"\1", str(error)).replace("Parser key ", "option ")
-        text = text.replace("a typing.Literal", "one of ")
-        wrong = re.search(r"unrecognized arguments: --([^\s=]+)|Got value: (\S+)", text)
-        known = list(parser.get_defaults().keys()) if wrong and wrong[1] else re.findall(r"'([^']+)'", text)
-        close = closest(wrong[1] or wrong[2], known) if wrong else None
-        hint = f"; did you mean {'--' if wrong and wrong[1] else ''}{close}?" if close else ""
-        raise ValueError(" ".join(text.split()) + hint) from None
+        raise ValueError(_mistake(error, parser)) from None
+
+
+def _mistake(error: ArgumentError, parser: "ArgumentParser") -> str:
+    """What the parser complains about, in one line, with the name that was probably meant."""
+    text = " ".join(str(error).split()).replace("Unexpected config:", "expected names and values of settings")
+    options = list(parser.get_defaults().keys())
+    if key := re.search(r'Parser key "([^"]+)".* (?:Got|Given) value: (.*)', text):
+        if choices := re.search(r"Literal\[(.*?)\]", text):
+            names = re.findall(r"'([^']+)'", choices[1])
+            close = closest(key[2], names)
+            return f"{key[1]} must be one of {', '.join(names)}, got {key[2]}" + (
+                f"; did you mean {close}?" if close else ""
+            )
+        kinds = " or ".join(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
+        return f"{key[1]} must be {kinds.replace('NoneType', 'null')}, got {key[2]}" if kinds else text
+    if wrong := re.search(r"unrecognized arguments: --([^\s=]+)|[Oo]ption '([^']+)'", text):
+        name = wrong[1] or wrong[2]
+        close = closest(name, options) or closest(name, {option.rpartition(".")[2]: option for option in options})
+        hint = f"did you mean {close}?" if close else "an argument of the network goes as --model_args.NAME"
+        return f"unknown option {name}; {hint}" if close or "model_args" in options else f"unknown option {name}"
+    return text
 
 
 def _spell(argv: list[str], verb: str) -> list[str]:
@@ -300,6 +332,9 @@ def _spell(argv: list[str], verb: str) -> list[str]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            if verb == "eval" and name == "checkpoint":  # as the authors' program had it; here it stands by its place
+                spelt += [value] if equals else []
+                continue
             if "model_args" in parameters and name.split(".")[0] not in (*parameters, "help"):
                 if close := closest(name, parameters, cutoff=0.8):
                     raise ValueError(f"unknown option --{name}; did you mean --{close}?")

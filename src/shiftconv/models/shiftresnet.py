@@ -301,8 +301,8 @@ def _check_arguments(family: str, variant: str, given: dict[str, Any]) -> None:
             continue
         owners = [other for other in FAMILIES if name in model_arguments(other)]
         close = closest(name, known)
-        hint = f" (it belongs to {', '.join(owners)})" if owners else f"; did you mean {close!r}?" if close else ""
-        raise TypeError(f"{variant} has no argument {name!r}{hint}. It takes: {', '.join(known)}")
+        hint = f" (it belongs to {', '.join(owners)})." if owners else f"; did you mean {close!r}?" if close else "."
+        raise TypeError(f"{variant} has no argument {name!r}{hint} It takes: {', '.join(known)}")
 
 
 def _register(family: str, depth: int) -> Callable[..., nn.Module]:
