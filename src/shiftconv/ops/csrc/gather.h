@@ -58,7 +58,24 @@ struct Window {
   uint64_t covered;  // union of the masks; the other bytes are zero
 };
 
+// What a window takes from the pixels on its left and on its right; the rest is its own.
+struct Sides {
+  uint64_t left, right;
+};
+
+// Where the pixels beside a run of pixels lie, in bytes from its first one, or `nothing` for zeros.
+struct Ends {
+  int64_t left, right;
+};
+
+// A block whose windows all read `delta` bytes away; a mask by window.
+struct Uniform {
+  int64_t delta;
+  const uint64_t* mask;
+};
+
 constexpr int64_t window_size = 64;
+constexpr int64_t nothing = INT64_MIN;  // in place of a delta: zeros
 
 inline int64_t count_windows(int64_t bytes) { return (bytes + window_size - 1) / window_size; }
 
@@ -118,27 +135,93 @@ inline void run_windows(char* to, const char* from, int64_t stride, const Window
   }
 }
 
-// All windows read the same distance away; mask by window.
-inline void run_uniform(char* to, const char* from, int64_t bytes, const uint64_t* mask) {
-  const int64_t whole = bytes / window_size;
-  for (int64_t i = 0; i < whole; ++i) {
-    __builtin_prefetch(to + i * window_size + fetch_ahead, 1);
-    __builtin_prefetch(from + i * window_size + fetch_ahead);
-    const __m512i read = load_whole(from + i * window_size);
-    _mm512_storeu_si512(to + i * window_size, _mm512_and_si512(_mm512_movm_epi8(mask[i]), read));
+// One window of one pixel from `steps` rows, or from w.steps rows where steps is 0.
+template <int steps>
+inline __m512i gather_rows(const char* from, const Window& w, const Step* step) {
+  __m512i bytes = _mm512_setzero_si512();
+  const int64_t count = steps > 0 ? steps : w.steps;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; ++i) blend(bytes, step[i].mask, from + step[i].delta);
+  return bytes;
+}
+
+// One window of `pixels` adjacent pixels: rows first, and then every result serves three pixels, from registers.
+template <int pixels, int steps>
+inline void run_window(char* to, const char* from, int64_t stride, const Window& w, const Step* step, Sides sides,
+                       Ends ends) {
+  std::array<Step, steps> held;  // else read anew after every store, for all that the compiler knows
+  for (int i = 0; i < steps; ++i) held[i] = step[i];
+  const auto rows = [&](const char* at) { return gather_rows<steps>(at, w, steps > 0 ? held.data() : step); };
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i left = ends.left == nothing ? zero : rows(from + ends.left), bytes = rows(from);
+#pragma GCC unroll 8
+  for (int i = 0; i < pixels; ++i) {
+    const __m512i right = i < pixels - 1          ? rows(from + (i + 1) * stride)
+                          : ends.right == nothing ? zero
+                                                  : rows(from + ends.right);
+    const __m512i both = _mm512_mask_mov_epi8(bytes, sides.left, left);
+    _mm512_storeu_si512(to + i * stride, _mm512_mask_mov_epi8(both, sides.right, right));
+    left = bytes;
+    bytes = right;
   }
-  if (bytes % window_size) {
-    const int64_t at = bytes - window_size;
-    _mm512_storeu_si512(to + at, _mm512_and_si512(_mm512_movm_epi8(mask[whole]), load_whole(from + at)));
+}
+
+// All windows of `pixels` adjacent pixels. Several streams are read, so the one that touches memory first, `farthest`
+// bytes on, is prefetched.
+template <int pixels>
+void run_sides(char* to, const char* from, int64_t stride, const Window* windows, int64_t count, const Step* step,
+               int64_t farthest, const Sides* sides, Ends ends) {
+  for (int64_t k = 0; k < count; ++k) {
+    const Window& w = windows[k];
+    char* const t = to + w.at;
+    const char* const f = from + w.at;
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels; ++i) {
+      __builtin_prefetch(f + farthest + fetch_ahead + i * stride);
+      __builtin_prefetch(t + fetch_ahead + i * stride, 1);
+    }
+    if (w.steps == 1)
+      run_window<pixels, 1>(t, f, stride, w, step, sides[k], ends);
+    else if (w.steps == 2)
+      run_window<pixels, 2>(t, f, stride, w, step, sides[k], ends);
+    else if (w.steps == 3)
+      run_window<pixels, 3>(t, f, stride, w, step, sides[k], ends);
+    else
+      run_window<pixels, 0>(t, f, stride, w, step, sides[k], ends);
+    step += w.steps;
+  }
+}
+
+// Adjacent blocks whose windows all read the same distance away, by the block's group; `windows` of them, or as many as
+// it takes where windows is 0. All that the loop needs is local: every store could change the rest.
+template <int windows>
+void run_uniform(char* to, const char* from, int64_t bytes, int64_t blocks, const int32_t* group, const Uniform* all) {
+  const int64_t whole = windows > 0 ? windows - 1 : count_windows(bytes) - 1, tail = bytes - window_size;
+  const auto move = [](char* t, const char* f, uint64_t mask) {
+    __builtin_prefetch(t + fetch_ahead, 1);
+    __builtin_prefetch(f + fetch_ahead);
+    _mm512_storeu_si512(t, _mm512_maskz_mov_epi8(mask, load_whole(f)));
+  };
+  for (int64_t i = 0; i < blocks; ++i, to += bytes, from += bytes) {
+    const Uniform& u = all[group[i]];
+    const char* const source = from + u.delta;
+    const uint64_t* const mask = u.mask;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < whole; ++k) move(to + k * window_size, source + k * window_size, mask[k]);
+    move(to + tail, source + tail, mask[whole]);
   }
 }
 #else
 constexpr bool has_windows = false;
 
-inline void run_uniform(char*, const char*, int64_t, const uint64_t*) {}
+template <int windows>
+void run_uniform(char*, const char*, int64_t, int64_t, const int32_t*, const Uniform*) {}
 
 template <int blocks>
 inline void run_windows(char*, const char*, int64_t, const Window*, int64_t, const Step*, int64_t) {}
+
+template <int pixels>
+void run_sides(char*, const char*, int64_t, const Window*, int64_t, const Step*, int64_t, const Sides*, Ends) {}
 #endif
 
 }  // namespace shiftconv

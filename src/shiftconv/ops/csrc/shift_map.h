@@ -194,12 +194,12 @@ struct Groups {
   std::vector<int32_t> of_channel;
 
   Groups(int64_t channels, const AxisMaps& d, const AxisMaps& h, const AxisMaps& w) : of_channel(channels) {
-    const int64_t kinds = d.distinct() * h.distinct() * w.distinct();
+    const int64_t heights = h.distinct(), widths = w.distinct(), kinds = d.distinct() * heights * widths;
     const bool small = kinds <= 16 * channels + 64;
     std::vector<int32_t> table(small ? kinds : 0, -1);
     std::unordered_map<int64_t, int32_t> map;
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t kind = (d.which(c) * h.distinct() + h.which(c)) * w.distinct() + w.which(c);
+      const int64_t kind = (d.which(c) * heights + h.which(c)) * widths + w.which(c);
       int32_t& g = small ? table[kind] : map.try_emplace(kind, -1).first->second;
       if (g < 0) {
         g = static_cast<int32_t>(list.size());

@@ -1,6 +1,10 @@
 // Shift of channels-last maps, in memory [N, D, H, W, C]: a pixel is gathered from a few pixels, one per distinct offset.
+// Where only adjacent columns are read, as in a 3x3 window, rows are gathered first and each result serves three pixels:
+// 3 reads a pixel in place of 9.
 #pragma once
 
+#include <array>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -9,8 +13,6 @@
 #include "tensor.h"
 
 namespace shiftconv {
-
-constexpr int64_t nothing = INT64_MIN;
 
 // How the bytes of a pixel belong to the groups, by windows; and, once deltas are known, how to gather them.
 class Lanes {
@@ -29,8 +31,9 @@ class Lanes {
     for (int64_t i = 0; i < count_windows(bytes_); ++i) {
       const int64_t at = window_at(i, bytes_);
       const size_t first = parts_.size();
+      size_t channel = at / size;
       for (int64_t byte = 0; byte < window_size; byte += size) {
-        const int32_t g = group[(at + byte) / size];
+        const int32_t g = group[channel++];
         size_t k = first;
         while (k < parts_.size() && parts_[k].first != g) ++k;
         if (k == parts_.size()) parts_.push_back({g, 0});
@@ -49,6 +52,8 @@ class Lanes {
     plan.windows.clear();
     plan.steps.clear();
     plan.delta.clear();
+    plan.windows.reserve(ends_.size());
+    plan.steps.reserve(parts_.size());
     plan.farthest = 0;
     for (const int64_t d : delta) plan.farthest = std::max(plan.farthest, d);
     size_t i = 0;
@@ -58,8 +63,11 @@ class Lanes {
       for (; i < end; ++i) {
         const int64_t d = delta[parts_[i].first];
         if (d == nothing) continue;
-        plan.steps.push_back({d, parts_[i].second});
         covered |= parts_[i].second;
+        size_t k = first;
+        while (k < plan.steps.size() && plan.steps[k].delta != d) ++k;
+        if (k == plan.steps.size()) plan.steps.push_back({d, 0});
+        plan.steps[k].mask |= parts_[i].second;
       }
       if (plan.steps.size() == first) plan.steps.push_back({0, 0});
       const int64_t at = window_at(static_cast<int64_t>(plan.windows.size()), bytes_);
@@ -67,6 +75,28 @@ class Lanes {
     }
     if (ends_.empty())
       for (const int32_t g : group_) plan.delta.push_back(delta[g]);
+  }
+
+  // What the windows take from the pixels beside, for deltas of -1, 0 and 1.
+  std::vector<Sides> sides(const std::vector<int64_t>& delta) const {
+    std::vector<Sides> sides;
+    size_t i = 0;
+    for (const size_t end : ends_) {
+      sides.push_back({0, 0});
+      for (; i < end; ++i) {
+        if (delta[parts_[i].first] < 0) sides.back().left |= parts_[i].second;
+        if (delta[parts_[i].first] > 0) sides.back().right |= parts_[i].second;
+      }
+    }
+    return sides;
+  }
+
+  // `pixels` <= 8 adjacent pixels that read from the rows of `plan` and from the pixels beside.
+  void run(char* to, const char* from, int64_t pixels, const Plan& plan, const Sides* sides, Ends ends) const {
+    constexpr std::array run{run_sides<1>, run_sides<2>, run_sides<3>, run_sides<4>,
+                             run_sides<5>, run_sides<6>, run_sides<7>, run_sides<8>};
+    run[pixels - 1](to, from, bytes_, plan.windows.data(), static_cast<int64_t>(plan.windows.size()),
+                    plan.steps.data(), plan.farthest, sides, ends);
   }
 
   // `pixels` adjacent pixels that follow one plan.
@@ -100,7 +130,7 @@ class Lanes {
 // What the pixels of one row read. Columns of the interior share a plan; every other column has its own.
 struct RowPlan {
   bool known = false;
-  std::vector<Lanes::Plan> columns;
+  std::vector<Lanes::Plan> columns;  // or only one, of the rows, where all that is read lies in adjacent columns
   std::vector<std::pair<int64_t, int64_t>> sums;  // columns and groups that read several pixels
 };
 
@@ -117,6 +147,7 @@ class Pixels {
       narrow(*g.h, y_begin_, y_end_);
     }
     columns_ = s.w - std::max<int64_t>(0, end_ - begin_) + 1;
+    if (has_windows && s.c * int64_t{sizeof(T)} >= window_size) find_beside();
     const int64_t kinds = (s.d - std::max<int64_t>(0, z_end_ - z_begin_) + 1) *
                           (s.h - std::max<int64_t>(0, y_end_ - y_begin_) + 1);
     keep_ = kinds * columns_ * lanes.plan_bytes() <= plan_budget;
@@ -132,7 +163,10 @@ class Pixels {
       const int64_t row = keep_ ? unit % height : unit / s_.n, n = keep_ ? unit / height : unit % s_.n;
       const RowPlan& plan = plan_for(row, unit == first || n == 0);
       const int64_t image = n * s_.volume() * s_.c, at = image + row * s_.w * s_.c;
-      move_row(to_ + at, from_ + at, plan);
+      if (beside_.empty())
+        move_row(to_ + at, from_ + at, plan);
+      else
+        move_beside(to_ + at, from_ + at, plan.columns[0]);
       for (const auto& [x, g] : plan.sums) sum(to_ + at + x * s_.c, from_ + image, row, x, groups_[g]);
     }
   }
@@ -158,8 +192,14 @@ class Pixels {
     plan.sums.clear();
     for (int64_t x = 0; x < s_.w; x = begin_ <= x && x < end_ ? end_ : x + 1) {
       for (size_t g = 0; g < groups_.size(); ++g) delta_[g] = delta(plan, static_cast<int64_t>(g), z, y, x);
-      lanes_.resolve(delta_, plan.columns[kind(x, begin_, end_)]);
+      if (beside_.empty()) lanes_.resolve(delta_, plan.columns[kind(x, begin_, end_)]);
     }
+    if (beside_.empty()) return plan;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      const int64_t count = groups_[g].d->count(z) * groups_[g].h->count(y);
+      delta_[g] = count == 1 ? row_delta(groups_[g], z, y) * s_.w * s_.c * int64_t{sizeof(T)} : nothing;
+    }
+    lanes_.resolve(delta_, plan.columns[0]);
     return plan;
   }
 
@@ -169,12 +209,52 @@ class Pixels {
     const int64_t count = dm.count(z) * hm.count(y) * wm.count(x);
     if (count == 0) return nothing;
     if (count == 1) {
-      const int64_t rows = (dm.source(z) - z) * s_.h + hm.source(y) - y;
-      return (rows * s_.w + wm.source(x) - x) * s_.c * int64_t{sizeof(T)};
+      return (row_delta(groups_[g], z, y) * s_.w + wm.source(x) - x) * s_.c * int64_t{sizeof(T)};
     }
     const int64_t last = begin_ <= x && x < end_ ? end_ : x + 1;
     for (int64_t i = x; i < last; ++i) plan.sums.push_back({i, g});
     return nothing;
+  }
+
+  int64_t row_delta(const Group& g, int64_t z, int64_t y) const {
+    return (g.d->source(z) - z) * s_.h + g.h->source(y) - y;
+  }
+
+  // Fills beside_ and sides_ if the groups read columns x - 1, x and x + 1 only, and agree in what stands for those
+  // beyond the border. Sums do not matter, they are written over.
+  void find_beside() {
+    std::vector<int64_t> column(s_.w + 2, s_.w), deltas;
+    for (int64_t x = 0; x < s_.w; ++x) column[x + 1] = x;
+    constexpr int64_t unknown = -1;
+    column.front() = column.back() = unknown;
+    for (const Group& g : groups_) {
+      deltas.push_back(g.w->delta);
+      if (std::abs(g.w->delta) > 1) return;
+      for (int64_t x = 0; x < s_.w; ++x) {
+        if (g.w->count(x) > 1) continue;
+        const int64_t source = g.w->count(x) == 1 ? g.w->source(x) : s_.w;
+        int64_t& known = column[x + 1 + g.w->delta];
+        if (known != unknown && known != source) return;
+        known = source;
+      }
+    }
+    beside_ = {column.front(), column.back()};
+    sides_ = lanes_.sides(deltas);
+  }
+
+  // In pieces of nearly equal length.
+  void move_beside(T* to, const T* from, const Lanes::Plan& plan) const {
+    const int64_t pieces = (s_.w + 7) / 8, pixel = s_.c * int64_t{sizeof(T)};
+    const auto end = [&](int64_t side, int64_t x) {  // from pixel x to the one that stands beyond the border
+      const int64_t column = beside_[side];
+      return column < 0 || column == s_.w ? nothing : (column - x) * pixel;
+    };
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t x = i * s_.w / pieces, last = (i + 1) * s_.w / pieces;
+      const Ends ends{x > 0 ? -pixel : end(0, x), last < s_.w ? (last - x) * pixel : end(1, x)};
+      lanes_.run(reinterpret_cast<char*>(to + x * s_.c), reinterpret_cast<const char*>(from + x * s_.c), last - x, plan,
+                 sides_.data(), ends);
+    }
   }
 
   void move_row(T* to, const T* from, const RowPlan& plan) const {
@@ -210,6 +290,8 @@ class Pixels {
   int64_t begin_ = 0, end_, z_begin_ = 0, z_end_, y_begin_ = 0, y_end_;  // where all groups are in their interior
   std::vector<int64_t> delta_;
   std::vector<RowPlan> rows_;
+  std::vector<int64_t> beside_;  // the columns that stand for -1 and for w; none if the pixels have plans
+  std::vector<Sides> sides_;
 };
 
 template <class T, class Sum>

@@ -127,13 +127,20 @@ class PlaneProgram {
   // Windows of several steps lose against a linear move once the plane is larger than a page.
   bool pays() const { return uniform_ || bytes_ <= 4096; }
 
+  bool is_uniform() const { return uniform_; }
+  Uniform uniform() const { return {delta_, masks_.data()}; }
+
   // Whether all loads for the plane at `from` stay inside the tensor [first, last).
   bool fits(const char* from, const char* first, const char* last) const {
     return from - first + low_ >= 0 && last - from - high_ >= 0;
   }
 
   void run(char* to, const char* from) const {
-    if (uniform_) return run_uniform(to, from + delta_, bytes_, masks_.data());
+    if (uniform_) {
+      constexpr int32_t only = 0;
+      const Uniform uniform = this->uniform();
+      return run_uniform<0>(to, from, bytes_, 1, &only, &uniform);
+    }
     run_windows<1>(to, from, 0, windows_.data(), static_cast<int64_t>(windows_.size()), steps_.data(), 0);
   }
 
@@ -208,15 +215,30 @@ void shift_planes(T* to, const T* from, const Shape& s, const Groups& groups, bo
   if (small && !sums)
     for (const Group& g : groups.list) programs.emplace_back(g, sizeof(T));
 
+  // With zeros beyond the border all programs are uniform, and a whole image is one loop.
+  std::vector<Uniform> uniforms;
+  for (const PlaneProgram& p : programs)
+    if (p.is_uniform()) uniforms.push_back(p.uniform());
+  const bool uniform = !programs.empty() && uniforms.size() == programs.size();
+  const int64_t many = count_windows(bytes);
+  const auto run_all = many == 4 ? run_uniform<4> : many == 3 ? run_uniform<3> : run_uniform<0>;
+
   const char* const first = reinterpret_cast<const char*>(from);
   const char* const last = first + s.n * s.c * bytes;
   parallel_for(s.n * s.c, bytes, [&](int64_t begin, int64_t end) {
-    int64_t c = begin % s.c;
-    for (int64_t plane = begin; plane < end; ++plane, c = c + 1 < s.c ? c + 1 : 0) {
+    int64_t c = begin % s.c, count = 1;
+    for (int64_t plane = begin; plane < end; plane += count, c = c + count < s.c ? c + count : 0) {
       const int32_t g = groups.of_channel[c];
       const char* const source = first + plane * bytes;
+      char* const target = reinterpret_cast<char*>(to + plane * volume);
+      count = std::min({end - plane, s.c - c, s.n * s.c - 1 - plane});
+      if (uniform && plane > 0 && count > 0) {  // all but the tensor's first and last plane fit, as |delta| < bytes
+        run_all(target, source, bytes, count, &groups.of_channel[c], uniforms.data());
+        continue;
+      }
+      count = 1;
       if (!programs.empty() && programs[g].pays() && programs[g].fits(source, first, last))
-        programs[g].run(reinterpret_cast<char*>(to + plane * volume), source);
+        programs[g].run(target, source);
       else
         planes[g].run(to + plane * volume, from + plane * volume);
     }
