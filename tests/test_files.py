@@ -42,3 +42,12 @@ def test_sweep(tmp_path):
     (tmp_path / "mine.partial").touch()
     files.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.partial"]
+
+
+def test_unwritable_folder_is_reported_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def forbidden(**settings):
+        raise PermissionError(errno.EACCES, "Permission denied", str(settings["dir"]))
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", forbidden)
+    with pytest.raises(PermissionError, match=r"cannot write .*a.pt: Permission denied"):
+        files.write(tmp_path / "a.pt", b"one")

@@ -131,7 +131,9 @@ def evaluate(
     if learnt and list(images.class_names) != learnt:
         raise ValueError(f"the network was trained on the classes {learnt}, the images have {[*images.class_names]}")
     with closing(RichProgress()) as progress:
-        metrics = run(model, images.loader(split, batch_size), device=picked, progress=progress, part=split)
+        metrics = run(
+            model, images.loader(split, batch_size, shuffle=False), device=picked, progress=progress, part=split
+        )
     _line(f"{split}  {metrics}")
 
 

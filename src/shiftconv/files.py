@@ -22,9 +22,10 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
-    partial = Path(name)
+    partial: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
+        partial = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -36,7 +37,8 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

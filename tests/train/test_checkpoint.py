@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def checkpoint():
         scheduler={"decay_t": [1, 2]},
         scaler={},
         epoch=2,
-        metrics={"history": [{"epoch": 1}, {"epoch": 2}], "best_epoch": 1},
+        metrics={"history": [{"epoch": n, "val_loss": 1.0, "val_accuracy": 0.5} for n in (1, 2)], "best_epoch": 1},
         recipe={"model": "net"},
     )
 
@@ -82,7 +83,7 @@ class Hostile:
         ({"state_dict": {}}, "no format 'shiftconv.checkpoint'"),
         ([1], "no format"),
         ({"format": "shiftconv.checkpoint", "version": 2}, "has version 2; this shiftconv reads 1"),
-        ({"format": "shiftconv.checkpoint", "version": 1, "model": {}}, "has the wrong keys"),
+        ({"format": "shiftconv.checkpoint", "version": 1, "model": {}}, "no whole checkpoint: it lacks"),
         (Hostile(), "is damaged or no checkpoint"),
     ],
 )
@@ -95,4 +96,24 @@ def test_other_files(tmp_path, capsys, content, message):
 
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*a.pt"):
+        load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": [1]}, "model must be a dict, got list"),
+        ({"epoch": True}, "epoch must be a int, got bool"),
+        ({"metrics": {}}, "metrics.history must be a list, got NoneType"),
+        ({"metrics": {"history": [], "best_epoch": 1}}, "its epoch is 2, its history has 0 rows"),
+        ({"metrics": {"history": [{}, {}], "best_epoch": 3}}, "its best epoch is 3"),
+        ({"metrics": {"history": [{"epoch": 1}, {}], "best_epoch": 1}}, "row 1 of its history is"),
+        ({"recipe": {"epochs": 3}}, "the recipe has no 'model'"),
+        ({"recipe": {"model": "net", "epoch": 3}}, "unknown recipe setting 'epoch'"),
+        ({"data": {"class_names": 3}}, "data.class_names must be a list"),
+    ],
+)
+def test_whole_but_senseless(checkpoint, tmp_path, change, message):
+    save(replace(checkpoint, **change), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a.pt is no whole checkpoint: .*{message}"):
         load(tmp_path / "a.pt")

@@ -31,3 +31,13 @@ def test_determinism_is_undone():
     with determinism(True):
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(0, "no CUDA device; use cpu"), (1, "1 CUDA device"), (2, "2 CUDA devices")]
+)
+def test_says_what_the_machine_has(monkeypatch, count, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=f"which has {message}$"):
+        pick_device("cuda:5")

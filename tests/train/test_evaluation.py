@@ -49,3 +49,9 @@ def test_bad_input():
         evaluate(Table(), [])
     with pytest.raises(ValueError, match="the network has 4 classes, but a label is 9"):
         evaluate(Table(), [(torch.zeros(2, 3, 2, 4), torch.tensor([0, 9]))])
+
+
+def test_frozen_norms_stay_frozen():
+    model = nn.Sequential(nn.BatchNorm2d(3).eval(), Table())
+    evaluate(model, [(torch.randn(4, 3, 2, 5), torch.zeros(4, dtype=torch.long))])
+    assert model.training and not model[0].training

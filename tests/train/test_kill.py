@@ -66,6 +66,14 @@ def tear_second(path, content, keep=None):
     write(path, content, keep)
 
 
+def die_after_the_second_best(path, content, keep=None):
+    global written
+    write(path, content, keep)
+    written += path.name == "best.pt"
+    if written == 2:
+        die()
+
+
 def die_between_renames(self, target):
     done = replace(self, target)
     if Path(target).name == "previous.pt":
@@ -77,6 +85,8 @@ if moment == "epoch":
     Trainer._update = count_updates
 elif moment == "write":
     files.write = tear_second
+elif moment == "best":
+    files.write = die_after_the_second_best
 elif moment == "renames":
     Path.replace = die_between_renames
 train(Recipe.from_dict(recipe), out, device="cpu")
@@ -87,17 +97,21 @@ def numbers(history):
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "seconds")} for row in history]
 
 
-@pytest.mark.parametrize("moment", ["epoch", "write", "renames"])
+@pytest.mark.parametrize("moment", ["epoch", "write", "best", "renames"])
 def test_kill_9_and_resume(recipe, whole, tmp_path, moment):
     run = tmp_path / "run"
     arguments = [json.dumps(recipe.to_dict()), str(run), moment, str(torch.get_num_threads())]
     process = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
     partial = list(run.glob(".*.partial"))
-    assert [path.name.startswith(".last.pt") for path in partial] == [True] * (moment != "epoch")
+    assert [path.name.startswith(".last.pt") for path in partial] == [True] * (moment in ("write", "renames"))
     assert run.joinpath("last.pt").exists() == (moment != "renames")
 
-    resumed = train(recipe, run, resume="auto", device="cpu")
+    newest = max(ck.load(path).epoch for path in run.glob("*.pt"))
+
+    events = []
+    resumed = train(recipe, run, resume="auto", device="cpu", progress=events.append)
+    assert events[0].finished == newest
     whole, _ = whole
     assert numbers(resumed.history) == numbers(whole.history)
     assert [resumed.best_epoch, resumed.test.loss] == [whole.best_epoch, whole.test.loss]

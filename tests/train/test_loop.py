@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from shiftconv.train import checkpoint as ck
+from shiftconv.train import loop
 from shiftconv.train.events import Ended, EpochDone, Started, Step
 from shiftconv.train.loop import Diverged, Trainer, train
 from shiftconv.train.recipe import Optim
@@ -152,7 +154,7 @@ def test_nan_in_the_last_update_is_found_by_validation(recipe, tmp_path, monkeyp
     monkeypatch.setattr(Trainer, "_steps", poison)
     with pytest.raises(Diverged, match="validation loss became nan in epoch 1"):
         train(recipe, tmp_path / "run", device="cpu")
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_input_leaves_no_folder(recipe, tmp_path):
@@ -193,3 +195,50 @@ def test_one_picture_class_folder_of_any_mode(recipe, tmp_path):
     folder = make_pictures(tmp_path / "pictures")
     Image.new("L", (5, 90)).save(Path(folder) / "cat" / "grey.jpg")
     train(replace(recipe, epochs=2, data=replace(recipe.data, folder=str(folder))), tmp_path / "run", device="cpu")
+
+
+def test_a_network_that_cannot_take_the_images(recipe, tmp_path):
+    for args, message in [
+        ({"num_classes": 7}, "model_args.num_classes is 7, but the data folder has 2 classes"),
+        ({"in_chans": 1}, r"the network shiftresnet20 cannot take an image of shape \[1, 3, 16, 16\]: "),
+        ({"features_only": True}, r"must give logits \[1, 2\] for one image, but gave list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(replace(recipe, model_args=args), tmp_path / "run", device="cpu")
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_is_looked_at_before_the_data(whole, recipe):
+    result, _ = whole
+    missing = replace(recipe, data=replace(recipe.data, folder="nowhere"))
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(missing, result.folder, device="cpu")
+
+
+def test_resuming_with_other_classes(whole, recipe, tmp_path):
+    result, _ = whole
+    make_pictures(tmp_path / "pictures", classes=("cat", "emu"), count=12)
+    recipe = replace(recipe, data=replace(recipe.data, folder=str(tmp_path / "pictures")))
+    before = {path: path.read_bytes() for path in result.folder.iterdir()}
+    with pytest.raises(ValueError, match=r"last.pt was trained on: class number 1 is 'dog' there and 'emu' here"):
+        train(recipe, result.folder, resume="auto", device="cpu")
+    assert {path: path.read_bytes() for path in result.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_states_that_do_not_fit(whole, recipe, tmp_path, part):
+    result, _ = whole
+    ck.save(replace(ck.load(result.folder / "last.pt"), **{part: {"a": 1}}), tmp_path / "a.pt")
+    with pytest.raises(ck.CheckpointError, match=r"a.pt does not fit a run of shiftresnet20: ") as caught:
+        train(recipe, tmp_path / "run", resume=tmp_path / "a.pt", device="cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_epoch_is_that_of_the_file(whole, recipe, tmp_path, monkeypatch):
+    result, _ = whole
+    shutil.copytree(result.folder, tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "run" / "best.pt")
+    monkeypatch.setattr(loop, "_rank", lambda row: 0)  # as if the last epoch came out worse when it is run again
+    again = train(recipe, tmp_path / "run", resume=tmp_path / "run" / "previous.pt", device="cpu")
+    assert again.best_epoch == ck.load(again.checkpoint).epoch == 3

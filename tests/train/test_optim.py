@@ -59,3 +59,11 @@ def test_no_decay_of_biases():
     optimizer = create_optimizer(nn.Linear(2, 2), Optim(decay_norms=False))
     decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
     assert decays == {5e-4: [2], 0.0: [1]}
+
+
+@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(1, 1), (2, 1.75), (1, 0.75)])
+def test_warmup_that_covers_the_whole_run(epochs, warmup_epochs, caplog):
+    found = rates(Optim(lr=0.8, schedule="cosine", warmup_epochs=warmup_epochs), epochs, 4)
+    steps = round(4 * warmup_epochs)
+    assert found == pytest.approx([0.8 * min(update, steps) / steps for update in range(4 * epochs)])
+    assert not caplog.records

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,9 @@ def test_bar_shows_loss_accuracy_and_speed(recipe):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ended_without_a_start(terminal):
     RichProgress(Console(file=io.StringIO(), force_terminal=terminal))(Ended(ValueError("x")))
+
+
+def test_one_epoch(recipe):
+    out = io.StringIO()
+    RichProgress(Console(file=out))(Started(replace(recipe, epochs=1), Path("runs/a"), "cpu", 1, 1, 1, 1, 0))
+    assert "; 1 epoch on cpu" in " ".join(out.getvalue().split())

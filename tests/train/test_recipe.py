@@ -27,6 +27,12 @@ def test_each_field_is_documented(cls):
         assert f"        {f.name}: " in cls.__doc__
 
 
+def test_first_line_is_a_title_of_the_help():
+    assert [cls.__doc__.splitlines()[0] for cls in (Recipe, Data, Optim)] == [
+        "The run.", "Which images a run learns from.", "How the weights change."
+    ]  # fmt: skip
+
+
 def test_goes_through_plain_values_and_back():
     assert Recipe.from_dict(RECIPE.to_dict()) == RECIPE
     assert RECIPE.to_dict()["optim"]["milestones"] == [81, 90]
@@ -50,7 +56,7 @@ def test_goes_through_plain_values_and_back():
         (lambda: Recipe("m", epochs=0), "epochs must be at least 1, got 0"),
         (lambda: Recipe("m", seed=-1), "seed must be at least 0"),
         (lambda: Recipe("m", label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
-        (lambda: Recipe("m", epochs=1, optim=Optim(warmup_epochs=2)), "more than the 1 epochs"),
+        (lambda: Recipe("m", epochs=1, optim=Optim(warmup_epochs=2)), "at most the number of epochs, 1, got 2"),
         (lambda: Recipe.from_dict({"model": "m", "epoch": 3}), "unknown recipe setting 'epoch'; did you mean 'epochs'"),
         (lambda: Recipe.from_dict({"model": "m", "optim": {"rl": 3}}), "unknown optim setting 'rl'"),
         (lambda: Recipe.from_dict({"epochs": 3}), "the recipe has no 'model'"),

@@ -5,14 +5,16 @@ anywhere. It is a zip archive, and each of its records carries a CRC-32; these f
 """
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 from zipfile import ZipFile
 
 import torch
 
 from shiftconv import files
+from shiftconv.train.recipe import Recipe
 
 FORMAT, VERSION = "shiftconv.checkpoint", 1
 
@@ -56,13 +58,13 @@ def encode(checkpoint: Checkpoint) -> memoryview:
     return buffer.getbuffer()
 
 
-def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the file at once; whatever happens, ``path`` holds its old or its new content.
+def save(checkpoint: Checkpoint, path: Path, keep: Path | None = None) -> None:
+    """Write the file at once; whatever happens, ``path`` holds its old or its new content; the old goes to ``keep``.
 
     Raises:
         OSError: if it cannot be written.
     """
-    files.write(path, encode(checkpoint))
+    files.write(path, encode(checkpoint), keep)
 
 
 def load(path: Path) -> Checkpoint:
@@ -70,16 +72,22 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read, which does not mean that it is damaged.
         CheckpointError: if the file is damaged or something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        with ZipFile(path) as archive:
+        content = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise OSError(error.errno, f"cannot read {path}: {error.strerror}") from None
+    try:
+        with ZipFile(content) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"its record {damaged} has a wrong checksum")
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        content.seek(0)
+        values = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or no checkpoint of a shiftconv run: {reason}") from None
@@ -89,6 +97,35 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has version {values.get('version')!r}; this shiftconv reads {VERSION}")
     values = {key: value for key, value in values.items() if key not in ("format", "version")}
     try:
-        return Checkpoint(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{path} has the wrong keys: {error}") from None
+        _check(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no whole checkpoint: {error}") from None
+    return Checkpoint(**values)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raise a TypeError or a ValueError unless these are the fields of a checkpoint and agree with each other."""
+    known = {f.name: f for f in fields(Checkpoint)}
+    missing = [name for name, f in known.items() if name not in values and f.default_factory is MISSING]
+    if missing or values.keys() - known:
+        raise ValueError(f"it lacks {missing} and has the surplus {sorted(map(str, values.keys() - known))}")
+    for name, value in values.items():
+        _kind(name, value, get_origin(known[name].type) or known[name].type)
+    epoch, metrics = values["epoch"], values["metrics"]
+    history, best = metrics.get("history"), metrics.get("best_epoch")
+    _kind("metrics.history", history, list)
+    _kind("metrics.best_epoch", best, int)
+    if len(history) != epoch or not 1 <= best <= epoch:
+        raise ValueError(f"its epoch is {epoch}, its history has {len(history)} rows, and its best epoch is {best}")
+    for number, row in enumerate(history, start=1):
+        _kind("a row of metrics.history", row, dict)
+        figures = [row.get(name) for name in ("epoch", "val_loss", "val_accuracy")]
+        if figures[0] != number or not all(isinstance(x, int | float) and isfinite(x) for x in figures):
+            raise ValueError(f"row {number} of its history is {row}")
+    _kind("data.class_names", values.get("data", {}).get("class_names", []), list)
+    Recipe.from_dict(values["recipe"])
+
+
+def _kind(name: str, value: object, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")

@@ -25,7 +25,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         raise ValueError(f"device {device!r} is not supported: expected cpu, cuda, cuda:1 ...")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (picked.index or 0) >= count:
-        raise ValueError(f"device {device!r} is not on this machine, which has {count} CUDA devices")
+        has = "no CUDA device; use cpu" if count == 0 else "1 CUDA device" if count == 1 else f"{count} CUDA devices"
+        raise ValueError(f"device {device!r} is not on this machine, which has {has}")
     return picked
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from shiftconv.analysis.mode import evaluating
 from shiftconv.train.data.loader import Batch, to_device
 from shiftconv.train.device import autocast, check_amp
 from shiftconv.train.events import Progress, Step, silent
@@ -86,7 +87,7 @@ def evaluate(
     progress: Progress = silent,
     part: str = "test",
 ) -> Metrics:
-    """Loss and accuracy of a classifier; it is put in evaluation mode for this and back after it.
+    """Loss and accuracy of a classifier; it is in evaluation mode for this, and each module is put back after it.
 
     Args:
         model: from ``[B, 3, H, W]`` to logits ``[B, K]``; already on the device.
@@ -104,9 +105,8 @@ def evaluate(
     device = device or (first.device if first is not None else torch.device("cpu"))
     check_amp(amp, device)
     steps = len(loader) if isinstance(loader, Sized) else 0
-    training, meter = model.training, Meter(device)
-    model.eval()
-    try:
+    meter = Meter(device)
+    with evaluating(model):
         for step, batch in enumerate(loader, start=1):
             images, labels = to_device(batch, device, channels_last)
             with autocast(amp, device):
@@ -117,8 +117,6 @@ def evaluate(
             if meter.due():
                 now = meter.read()
                 progress(Step(part, 0, step, steps, now.loss, now.top1, now.images_per_second))
-    finally:
-        model.train(training)
     if meter.images == 0:
         raise ValueError("there is not one image to evaluate")
     return meter.read()

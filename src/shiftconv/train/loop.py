@@ -6,6 +6,8 @@ very numbers of an uninterrupted one: on a CPU with as many threads, and on a GP
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from shiftconv import files
-from shiftconv.train.checkpoint import Checkpoint
+from shiftconv.train.checkpoint import Checkpoint, CheckpointError
 from shiftconv.train.checkpoint import load as load_checkpoint
 from shiftconv.train.curves import Curves
 from shiftconv.train.data import DataSets, Split, open_data
@@ -22,6 +24,7 @@ from shiftconv.train.data.loader import to_device
 from shiftconv.train.device import autocast, check_amp, determinism, pick_device
 from shiftconv.train.evaluation import Meter, Metrics, evaluate
 from shiftconv.train.events import Ended, EpochDone, Note, Progress, Started, Step, silent
+from shiftconv.train.network import create_network, model_args, try_network
 from shiftconv.train.optim import create_optimizer, create_scheduler
 from shiftconv.train.recipe import Recipe
 from shiftconv.train.run import RunFolder
@@ -77,23 +80,27 @@ def train(
     Raises:
         ValueError: for a recipe, a device, data or a checkpoint that cannot be used.
         FileNotFoundError: if the data set or the checkpoint is not there.
-        FileExistsError: if the folder holds a run and ``resume`` is none.
+        FileExistsError: if the folder holds a run and ``resume`` is none or names another one.
+        BlockingIOError: if another process is at the run in the folder.
         Diverged: if the loss is no finite number any more.
     """
     tell, error = progress or silent, None
     try:
         picked = pick_device(device)
         check_amp(recipe.amp, picked)
-        data = open_data(recipe.data)
-        with determinism(recipe.deterministic), seeded(derive(recipe.seed, Stream.WEIGHTS), picked):
-            trainer = Trainer(recipe, data, picked, tell)
-            folder = RunFolder(Path(out))
+        with RunFolder(Path(out)) as folder:
             start = folder.open(recipe, resume)
-            if start is not None:
-                trainer.restore(start, folder.restore_best(start))
-            for text in folder.notes:
-                tell(Note(text))
-            return _run(trainer, folder, tell)
+            data = open_data(recipe.data)
+            with determinism(recipe.deterministic), seeded(derive(recipe.seed, Stream.WEIGHTS), picked):
+                trainer = Trainer(recipe, data, picked, tell)
+                if start is not None:
+                    trainer.restore(start, folder.source)
+                folder.begin(recipe, start)
+                if start is not None:
+                    trainer.best_epoch = folder.restore_best(start)
+                for text in folder.notes:
+                    tell(Note(text))
+                return _run(trainer, folder, tell)
     except BaseException as caught:
         error = caught
         raise
@@ -106,10 +113,11 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, data: DataSets, device: torch.device, progress: Progress) -> None:
         self.recipe, self.data, self.device, self.progress = recipe, data, device, progress
-        self.model_args = {**recipe.model_args, "num_classes": data.num_classes}
+        self.model_args = model_args(recipe, data.num_classes)
         self.model = create_network(recipe, self.model_args).to(device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        try_network(self.model, recipe, data.image_size, data.num_classes, device)
         self.net: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # pyright: ignore
         self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.optimizer = create_optimizer(self.model, recipe.optim)
@@ -181,9 +189,10 @@ class Trainer:
     def _check(self, loss: float, what: str, epoch: int, step: int | None = None) -> None:
         if not math.isfinite(loss):
             where = f"epoch {epoch + 1}" + (f", step {step}" if step else "")
+            kept = f"the last good checkpoint, after epoch {epoch}, is untouched" if epoch else "there is no checkpoint"
             raise Diverged(
                 f"the {what} became {loss} in {where} at learning rate {self.lr:.3g}; lower optim.lr or set clip_grad; "
-                f"the last good checkpoint, after epoch {epoch}, is untouched"
+                f"{kept}"
             )
 
     @property
@@ -218,20 +227,40 @@ class Trainer:
             data={"name": self.data.name, "image_size": self.data.image_size, **about},
         )
 
-    def restore(self, start: Checkpoint, best_epoch: int) -> None:
-        """Go on where the checkpoint was written; ``best_epoch`` is the one that is kept as the best."""
-        self.model.load_state_dict(start.model)
-        self.optimizer.load_state_dict(start.optimizer)
-        self.scheduler.load_state_dict(start.scheduler)
-        self.scaler.load_state_dict(start.scaler)
-        self.history, self.best_epoch = list(start.metrics["history"]), best_epoch
+    def restore(self, start: Checkpoint, source: Path) -> None:
+        """Go on where the checkpoint was written.
+
+        Args:
+            start: the checkpoint.
+            source: its file, for messages.
+
+        Raises:
+            ValueError: if it was trained on other classes.
+            CheckpointError: if its states are not those of this network, this optimiser or this schedule.
+        """
+        there, here = start.data.get("class_names"), list(self.data.class_names)
+        if there is not None and there != here:
+            number = next((i for i, pair in enumerate(zip(there, here, strict=False)) if pair[0] != pair[1]), None)
+            what = f"{len(there)} classes there, {len(here)} here"
+            if number is not None:
+                what = f"class number {number} is {there[number]!r} there and {here[number]!r} here"
+            raise ValueError(f"the data has other classes than those that {source} was trained on: {what}")
+        with _fitting(source, self.recipe.model):
+            self.model.load_state_dict(start.model)
+            self.optimizer.load_state_dict(start.optimizer)
+            self.scheduler.load_state_dict(start.scheduler)
+            self.scaler.load_state_dict(start.scaler)
+        self.history, self.best_epoch = list(start.metrics["history"]), start.metrics["best_epoch"]
 
 
-def create_network(recipe: Recipe, model_args: dict[str, Any]) -> nn.Module:
-    """The untrained network of a recipe; its weights come from torch's global generator."""
-    from shiftconv.models import create_model
-
-    return create_model(recipe.model, **model_args)
+@contextmanager
+def _fitting(source: Path, model: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch raises nearly anything, over many lines, for a state that does not fit
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."
+        raise CheckpointError(f"{source} does not fit a run of {model}: {reason}") from None
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
@@ -243,7 +272,7 @@ def _run(trainer: Trainer, folder: RunFolder, tell: Progress) -> Result:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = [len(part) if part is not None else 0 for part in (data.train, data.val, data.test)]
     tell(Started(recipe, folder.path, str(trainer.device), parameters, *counts, finished=trainer.finished))
-    curves = Curves(folder.path / "tensorboard", trainer.finished) if recipe.tensorboard else None
+    curves = Curves(folder.tensorboard, trainer.finished) if recipe.tensorboard else None
     try:
         while trainer.finished < recipe.epochs:
             row = trainer.run_epoch()
@@ -259,10 +288,12 @@ def _run(trainer: Trainer, folder: RunFolder, tell: Progress) -> Result:
 
 
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
-    trainer.model.load_state_dict(load_checkpoint(folder.best).model)
+    best = load_checkpoint(folder.best)
+    with _fitting(folder.best, trainer.recipe.model):
+        trainer.model.load_state_dict(best.model)
     val = trainer.evaluate("val")
     test = None if trainer.data.test is None else trainer.evaluate("test")
-    result = Result(folder.path, folder.best, trainer.best_epoch, val, test, trainer.history)
+    result = Result(folder.path, folder.best, best.epoch, val, test, trainer.history)
     values = {"best_epoch": result.best_epoch, "val": asdict(val), "test": test and asdict(test)}
     files.write(folder.result, (json.dumps(values, indent=2) + "\n").encode())
     return result

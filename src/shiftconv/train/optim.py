@@ -24,7 +24,7 @@ def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
 
 
 def create_scheduler(optimizer: Optimizer, optim: Optim, epochs: int, updates_per_epoch: int) -> Scheduler:
-    """The schedule, of timm; call ``step_update(n)`` after the n-th update.
+    """The schedule, of timm; call ``step_update(n)`` before the n-th update, counted from 0.
 
     Args:
         optimizer: whose rate to set.
@@ -33,10 +33,11 @@ def create_scheduler(optimizer: Optimizer, optim: Optim, epochs: int, updates_pe
         updates_per_epoch: of the weights.
     """
     warmup = round(optim.warmup_epochs * updates_per_epoch)
-    if optim.schedule == "cosine":
+    rest = epochs * updates_per_epoch - warmup
+    if optim.schedule == "cosine" and rest > 1:  # one update, or none, is at the full rate: the constant schedule
         return CosineLRScheduler(
             optimizer,
-            t_initial=max(1, epochs * updates_per_epoch - warmup),
+            t_initial=rest,
             lr_min=optim.min_lr,
             warmup_t=warmup,
             warmup_lr_init=optim.warmup_lr,

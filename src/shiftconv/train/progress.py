@@ -71,8 +71,9 @@ def _headline(event: Started) -> str:
     recipe = event.recipe
     args = "".join(f" {name}={value}" for name, value in recipe.model_args.items())
     goes_on = f", going on after epoch {event.finished}" if event.finished else ""
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     return (
         f"{recipe.model}{args} ({event.parameters:,} parameters) on {recipe.data.name}: {event.train:,} train, "
-        f"{event.val:,} val, {event.test:,} test images; {recipe.epochs} epochs on {event.device} "
+        f"{event.val:,} val, {event.test:,} test images; {epochs} on {event.device} "
         f"into {event.folder}{goes_on}"
     )

@@ -113,7 +113,9 @@ class Optim:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. A variant is a ``dataclasses.replace`` of another recipe.
+    """The run.
+
+    A variant is a ``dataclasses.replace`` of another recipe.
 
     Attributes:
         model: Name of the network, as ``shiftconv list`` shows it, or of any other network of timm.
@@ -165,7 +167,8 @@ class Recipe:
         names = ("deterministic", "channels_last", "compile", "tensorboard")
         _flags("recipe", **{name: getattr(self, name) for name in names})
         if self.optim.warmup_epochs > self.epochs:  # as many are fine: a first look at a recipe with --epochs 1
-            raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs} are more than the {self.epochs} epochs")
+            warmup = self.optim.warmup_epochs
+            raise ValueError(f"optim.warmup_epochs must be at most the number of epochs, {self.epochs}, got {warmup}")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values that JSON and YAML can hold; tuples become lists.

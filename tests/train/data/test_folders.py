@@ -1,8 +1,13 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from shiftconv.train.data import open_data
+from shiftconv.train.data import folders, open_data
 from shiftconv.train.recipe import Data
 
 from ..conftest import make_pictures
@@ -103,3 +108,40 @@ def test_grey_and_transparent_images(tmp_path):
         Image.new(mode, (20, 12)).save(tmp_path / "cat" / f"mode {mode}.png")
     data = small(tmp_path)
     assert sum(len(labels) for part in ("train", "val", "test") for _, labels in data.loader(part, 4)) == 20
+
+
+def test_plain_training_images_in_their_order(pictures):
+    data = small(pictures, augment=False)
+    loader = data.loader("train", 8, shuffle=False)
+    labels = torch.cat([labels for _, labels in loader])
+    assert labels.tolist() == [label for _, label in data.train.samples] == sorted(labels.tolist())
+    loader.start_epoch(1)
+    again = data.loader("train", 8, shuffle=False, seed=5)
+    assert all(torch.equal(one, two) for (one, _), (two, _) in zip(loader, again, strict=True))
+
+
+@pytest.mark.parametrize("call", ["scandir", "listdir"])
+def test_forbidden_folder(tmp_path, monkeypatch, call):
+    make_pictures(tmp_path)
+    (tmp_path / "cat" / "deep").mkdir()
+    secret = tmp_path / "cat" / "deep" if call == "scandir" else tmp_path  # root may read all, so the system must lie
+
+    def guarded(path="."):
+        if str(path) == str(secret):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return genuine(path)
+
+    genuine = getattr(os, call)
+    monkeypatch.setattr(os, call, guarded)
+    with pytest.raises(PermissionError, match="cannot be read") as caught:
+        small(tmp_path)
+    assert str(caught.value) == f"the folder of images {tmp_path} cannot be read: no permission for {secret}"
+
+
+def test_the_order_is_that_of_torchvision(tmp_path):
+    make_pictures(tmp_path)
+    make_pictures(tmp_path / "cat", classes=("b-c", "b"), count=2)
+    (tmp_path / "cat" / "Z.JPG").write_bytes(b"")
+    (tmp_path / "cat" / "notes.txt").touch()
+    expected = make_dataset(str(tmp_path), {"cat": 0, "dog": 1}, extensions=IMG_EXTENSIONS)
+    assert folders._samples(tmp_path, ("cat", "dog")) == [(Path(path), label) for path, label in expected]

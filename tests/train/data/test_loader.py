@@ -53,6 +53,13 @@ def test_serves_each_image_once():
     assert torch.cat([labels for _, labels in loader]).sort().values.tolist() == list(range(20))
 
 
+@pytest.mark.parametrize("size", [0, -3])
+def test_batch_size(size):
+    data = MemoryImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2), PLAIN)
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+        Loader(data, size)
+
+
 def test_nothing_to_load():
     with pytest.raises(ValueError, match="not one image"):
         Loader(MemoryImages(torch.zeros(0, 3, 8, 8), torch.zeros(0), PLAIN), 6)

@@ -43,11 +43,29 @@ class DataSets:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def loader(self, split: Split, batch_size: int, *, seed: int = 0, device: torch.device | None = None) -> Loader:
-        """Batches of a part, shuffled for ``train`` only. Call its ``start_epoch`` before each epoch of training.
+    def loader(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> Loader:
+        """Batches of a part. Call its ``start_epoch`` before each epoch of training.
+
+        To see the plain training images in their order, open the data with ``Data(augment=False)`` and ask for
+        ``loader("train", 256, shuffle=False)``.
+
+        Args:
+            split: train, val or test.
+            batch_size: images per batch.
+            shuffle: a new order in each epoch; none: for ``train`` only.
+            seed: what orders and random transforms follow from.
+            device: where the images go; for a GPU they are served from pinned memory.
 
         Raises:
-            ValueError: for an unknown part, or one that this data set has not.
+            ValueError: for an unknown part, one that this data set has not, or a batch size below 1.
         """
         if split not in get_args(Split):
             raise unknown("split", split, get_args(Split))
@@ -55,7 +73,8 @@ class DataSets:
         if images is None:
             raise ValueError(f"the data set {self.name} has no {split} part")
         pin = device is not None and device.type == "cuda"
-        return Loader(images, batch_size, shuffle=split == "train", workers=self.workers, seed=seed, pin=pin)
+        shuffle = split == "train" if shuffle is None else shuffle
+        return Loader(images, batch_size, shuffle=shuffle, workers=self.workers, seed=seed, pin=pin)
 
 
 def names() -> list[str]:

@@ -1,10 +1,11 @@
 """Any folder of images, its classes named by sub-folders as torchvision's ImageFolder has them."""
 
+import os
 from pathlib import Path
 
 from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from shiftconv.train.data.images import FileImages, Normalisation
 from shiftconv.train.data.splits import stratified
@@ -26,8 +27,17 @@ def find(folder: Path, val_share: float = 0.1) -> tuple[dict[str, Samples], tupl
 
     Raises:
         FileNotFoundError: if there is no such folder.
+        PermissionError: if it, or a folder in it, must not be read; names both.
         ValueError: if a folder has no classes, a class has no (or too few) images, or two parts have different classes.
     """
+    try:
+        return _find(folder, val_share)
+    except PermissionError as error:
+        what = f"the folder of images {folder} cannot be read: no permission for {error.filename or folder}"
+        raise PermissionError(what) from None
+
+
+def _find(folder: Path, val_share: float) -> tuple[dict[str, Samples], tuple[str, ...]]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no folder of images {folder.absolute()}: {LAYOUT}; the data set digits works offline"
@@ -56,10 +66,8 @@ def serve(parts: dict[str, Samples], size: int, *, augment: bool, flip: bool) ->
     mean, std = NORMALISATION
     centre = create_transform(size, mean=mean, std=std, crop_pct=CROP_SHARE)
     train = create_transform(size, is_training=True, mean=mean, std=std, hflip=0.5 if flip else 0.0)
-    return {
-        part: FileImages(samples, train if part == "train" and augment else centre)  # pyright: ignore[reportArgumentType]
-        for part, samples in parts.items()
-    }
+    chosen = {part: train if part == "train" and augment else centre for part in parts}
+    return {part: FileImages(parts[part], chosen[part]) for part in parts}  # pyright: ignore[reportArgumentType]
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -79,13 +87,26 @@ def _same_classes(train: Path, names: tuple[str, ...], folder: Path) -> None:
 
 
 def _samples(folder: Path, names: tuple[str, ...]) -> Samples:
-    index = {name: number for number, name in enumerate(names)}
-    found = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
-    empty = sorted(set(range(len(names))) - {label for _, label in found})
+    samples: Samples = []
+    empty: list[str] = []
+    for label, name in enumerate(names):
+        found = _images(folder / name)
+        samples += [(path, label) for path in found]
+        empty += [str(folder / name)] * (not found)
     if empty:
-        text = ", ".join(str(folder / names[label]) for label in empty)
-        raise ValueError(f"no images in {text}; known endings: {' '.join(IMG_EXTENSIONS)}")
-    return [(Path(path), label) for path, label in found]
+        raise ValueError(f"no images in {', '.join(empty)}; known endings: {' '.join(IMG_EXTENSIONS)}")
+    return samples
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images below a folder, in the order of torchvision's ImageFolder, which passes over what it may not read."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    walk = sorted(os.walk(folder, onerror=stop, followlinks=True))
+    paths = [Path(top, name) for top, _, names in walk for name in sorted(names)]
+    return [path for path in paths if path.name.lower().endswith(IMG_EXTENSIONS)]
 
 
 def _split(folder: Path, samples: Samples, shares: tuple[float, ...], names: tuple[str, ...]) -> dict[str, Samples]:

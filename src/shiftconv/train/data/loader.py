@@ -19,11 +19,14 @@ class Loader:
 
     Args:
         images: what to serve.
-        batch_size: images per batch.
+        batch_size: images per batch, at least 1.
         shuffle: a new order in each epoch; otherwise the order of the data set.
         workers: processes that read and transform; 0: this one. Changes no number.
         seed: what orders and random transforms follow from.
         pin: serve from pinned memory, from which copies to a GPU are quicker.
+
+    Raises:
+        ValueError: for a batch size below 1, or if there are no images.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Loader:
         seed: int = 0,
         pin: bool = False,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(images) == 0:
             raise ValueError("there is not one image to load")
         self.images, self.batch_size, self.shuffle, self.seed = images, batch_size, shuffle, seed
