@@ -114,7 +114,9 @@ def test_moves_every_dtype(padding_mode, dtype):
         assert torch.equal(y.contiguous().view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128], ids=str
+)
 @pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_sums_every_dtype(dtype, format_):
     """A whole image of ones folds into one pixel: 16-bit sums would stop at 256 or 2048."""
@@ -123,6 +125,13 @@ def test_sums_every_dtype(dtype, format_):
         y = kernel(x.contiguous(memory_format=format_), offset, MODES["replicate"], True)
         assert (y[..., 0, 0] == torch.tensor(3000).to(dtype)).all()
         assert y.count_nonzero() == 40
+
+
+def test_integers_are_no_gradients():
+    with pytest.raises(RuntimeError, match="a gradient is floating point or complex"):
+        native_kernel(
+            torch.ones(1, 2, 3, dtype=torch.int32), torch.ones(2, 1, dtype=torch.long), MODES["replicate"], True
+        )
 
 
 def test_equals_depthwise_convolution_with_one_hot_kernel():
