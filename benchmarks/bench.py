@@ -38,6 +38,9 @@ class Case(NamedTuple):
     check: Callable[[], None]
 
 
+Timer = Callable[[dict[str, Callable[[], object]], int], dict[str, list[float]]]
+
+
 def measure(candidates: dict[str, Callable[[], object]], rounds: int, round_s: float = 0.01) -> dict[str, list[float]]:
     """Seconds per call of each candidate, one number a round."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -73,12 +76,15 @@ def commit() -> str:
     return done.stdout.strip() or "none"
 
 
-def rows(op: str, cases: Iterable[Case], rounds: int) -> Iterator[list[str]]:
-    """One row per candidate, as :data:`COLUMNS`."""
-    who = [time.strftime("%Y-%m-%d"), commit(), machine(), str(torch.get_num_threads()), torch.__version__, op]
+def rows(
+    op: str, cases: Iterable[Case], rounds: int, timer: Timer = measure, place: tuple[str, str] | None = None
+) -> Iterator[list[str]]:
+    """One row per candidate, as :data:`COLUMNS`; ``place`` is machine and threads, this processor's unless given."""
+    place = place or (machine(), str(torch.get_num_threads()))
+    who = [time.strftime("%Y-%m-%d"), commit(), *place, torch.__version__, op]
     for case in cases:
         case.check()
-        times = measure(case.candidates, rounds)
+        times = timer(case.candidates, rounds)
         for name, seconds in times.items():
             low, *_, high = statistics.quantiles(seconds, n=5)
             ratio = statistics.median(s / b for s, b in zip(seconds, times[case.baseline], strict=True))

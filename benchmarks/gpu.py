@@ -9,19 +9,18 @@ import importlib
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.bench import Case, append, commit
+from benchmarks.bench import append, rows
 
 OPERATORS = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[!_]*.py"))
 
 
-def times_us(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of single calls, candidates in turn, each after 256 MiB of writes that evict the L2 cache."""
+def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of single calls, candidates in turn, each after 256 MiB of writes that evict the L2 cache."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for lap in range(rounds + 5):  # five laps to warm up
@@ -33,20 +32,8 @@ def times_us(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[s
             end.record()
             torch.cuda.synchronize()
             if lap >= 5:
-                times[name].append(1e3 * start.elapsed_time(end))
+                times[name].append(1e-3 * start.elapsed_time(end))
     return times
-
-
-def rows(op: str, cases: Iterator[Case], rounds: int) -> Iterator[list[str]]:
-    who = [time.strftime("%Y-%m-%d"), commit(), torch.cuda.get_device_name(), "gpu", torch.__version__, op]
-    for case in cases:
-        case.check()
-        times = times_us(case.candidates, rounds)
-        for name, us in times.items():
-            low, *_, high = statistics.quantiles(us, n=5)
-            ratio = statistics.median(u / b for u, b in zip(us, times[case.baseline], strict=True))
-            figures = [f"{u:.2f}" for u in (statistics.median(us), low, high)]
-            yield [*who, case.name, case.direction, name, *figures, f"{ratio:.3f}"]
 
 
 def main() -> int:
@@ -57,16 +44,17 @@ def main() -> int:
         print("no GPU here: nothing to test or to measure")
         return 0
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    copy_us = statistics.median(times_us({"copy": x.clone}, 11)["copy"])
+    copy_s = statistics.median(measure({"copy": x.clone}, 11)["copy"])
     print(
-        f"{torch.cuda.get_device_name()}: copy of 1 GiB at {2 * x.numel() / copy_us / 1e6:.2f} TB/s, read and written"
+        f"{torch.cuda.get_device_name()}: copy of 1 GiB at {2 * x.numel() / copy_s / 1e12:.2f} TB/s, read and written"
     )
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "cuda", "tests/ops"])
     if tests.returncode:
         print("the GPU tests fail: nothing is measured")
         return 1
     for op in OPERATORS:
-        append(op, rows(op, importlib.import_module(f"benchmarks.ops.{op}").cases("cuda"), arguments.rounds))
+        cases = importlib.import_module(f"benchmarks.ops.{op}").cases("cuda")
+        append(op, rows(op, cases, arguments.rounds, measure, (torch.cuda.get_device_name(), "gpu")))
     return 0
 
 

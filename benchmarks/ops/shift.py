@@ -62,6 +62,8 @@ def cases(device: str) -> Iterator[Case]:
     for name, shape in SHAPES.items():
         for format_name, memory_format in FORMATS.items():
             yield from directions(f"{name} {format_name}", shape, memory_format, device)
+    for name in ("imagenet 96@56", "imagenet 192@28", "imagenet 768@7"):
+        yield from padding_modes(f"{name} padding", SHAPES[name], device)
     if device == "cpu":
         yield from overhead()
 
@@ -104,6 +106,22 @@ def directions(name: str, shape: tuple[int, ...], memory_format: torch.memory_fo
         both[label] = lambda f=function, a=leaf, w=wanted, g=grad: torch.autograd.grad(f(a), w, g)
     yield Case(name, "backward", BASELINE, backward, check)
     yield Case(name, "forward+backward", BASELINE, both, check)
+
+
+def padding_modes(name: str, shape: tuple[int, ...], device: str) -> Iterator[Case]:
+    """The kernel alone, NCHW, in every padding mode: the map and its transpose, which sums what the border has read."""
+    x, offset = torch.randn(shape, device=device), neighbours(shape[1]).to(device)
+    kernel = torch.ops.shiftconv.shift.default
+    for direction, transpose in (("forward", False), ("transpose", True)):
+
+        def check(transpose: bool = transpose) -> None:
+            for code in MODES.values():
+                torch.testing.assert_close(kernel(x, offset, code, transpose), reference(x, offset, code, transpose))
+
+        candidates: dict[str, Callable[[], object]] = {BASELINE: x.clone}
+        for mode, code in MODES.items():
+            candidates[mode] = lambda code=code, transpose=transpose: kernel(x, offset, code, transpose)
+        yield Case(name, direction, BASELINE, candidates, check)
 
 
 def overhead() -> Iterator[Case]:

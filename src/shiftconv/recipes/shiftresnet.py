@@ -49,8 +49,8 @@ def cifar(family: Family, depth: int, classes: Literal[10, 100]) -> Recipe:
 def digits(family: Family, depth: int) -> Recipe:
     """A short training on real images that need no download.
 
-    *Measured here*, four seeds: shiftresnet20 reads 98.6 to 99.4 % of the test images rightly. The SGD of the paper
-    reached 98.1 to 98.6 % in as many epochs.
+    *Measured here*, four seeds, 14 or 15 epochs: shiftresnet20 reads 98.6 to 99.4 % of the test images rightly. The
+    paper's SGD, tuned for so short a run, reached 98.1 to 98.3 % in 14.
     """
     return Recipe(
         model=f"{family}{depth}",
