@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -80,11 +81,20 @@ def is_built(op: str) -> bool:
 def _digest(op: str) -> str:
     """Digest of what a build depends on: sources, flags, torch, compiler and the processor's instruction set."""
     digest = hashlib.sha256()
-    for path in [SOURCES / f"{op}.cpp", *sorted(SOURCES.glob("*.h"))]:
+    for path in _sources(SOURCES / f"{op}.cpp"):
         digest.update(path.read_bytes())
     for part in (torch.__version__, compiler_version(), *compiler(), *_flags(native_code=True), *processor()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()[:24]
+
+
+def _sources(path: Path) -> list[Path]:
+    """``path`` and the files of ours that it includes, directly or not, each once."""
+    found = [path]
+    for file in found:  # grows as it goes
+        names = re.findall(r'^#include "(\w+\.h)"', file.read_text(), re.MULTILINE)
+        found += [p for name in names if (p := SOURCES / name) not in found]
+    return found
 
 
 @functools.cache
