@@ -12,7 +12,7 @@ PUBLIC = {
     "convert", "count", "create_model", "erf", "list_models", "load_checkpoint", "throughput",
     "__version__",
 }  # fmt: skip
-OPS = {"shift", "PaddingMode"}
+OPS = {"active_shift", "shift", "shift_", "sparse_shift", "PaddingMode"}
 NN = {"GroupShift1d", "GroupShift2d", "GroupShift3d"}
 HEAVY = ["matplotlib", "sklearn", "tensorboard", "triton", "rich", "jsonargparse", "torch._dynamo", "torch._inductor"]
 

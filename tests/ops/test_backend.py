@@ -117,8 +117,13 @@ def test_key_follows_source_torch_compiler_and_processor(demo, monkeypatch):
             patch.setattr(module, name, value)
             assert native._digest("demo") != digest
     assert native._digest("demo") == digest
-    (demo / "csrc" / "helper.h").write_text("// new\n")
-    assert native._digest("demo") != digest
+    header, source = demo / "csrc" / "helper.h", demo / "csrc" / "demo.cpp"
+    header.write_text("// new\n")
+    assert native._digest("demo") == digest  # nobody includes it
+    source.write_text('#include "helper.h"\n' + source.read_text())
+    including = native._digest("demo")
+    header.write_text("// newer\n")
+    assert len({digest, including, native._digest("demo")}) == 3
 
 
 @needs_compiler

@@ -1,5 +1,7 @@
 """Floor 1: functions on tensors, one file per operator; :mod:`shiftconv.ops.backend` picks the kernel that runs."""
 
-from shiftconv.ops.shift import PaddingMode, shift
+from shiftconv.ops.active_shift import active_shift, sparse_shift
+from shiftconv.ops.sampling import PaddingMode
+from shiftconv.ops.shift import shift, shift_
 
-__all__ = ["PaddingMode", "shift"]
+__all__ = ["PaddingMode", "active_shift", "shift", "shift_", "sparse_shift"]

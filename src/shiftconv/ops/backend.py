@@ -45,6 +45,7 @@ _TRITON = Path(__file__).with_name("triton")
 _log = logging.getLogger("shiftconv")
 _lock = threading.RLock()
 _registered: dict[tuple[str, str], Choice] = {}
+_entries: set[tuple[str, str]] = set()  # raw operators that have a Triton kernel on a device
 _obstacles: dict[tuple[str, str], str] = {}  # found out at run time: a failed compilation is not tried again
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its Library
 
@@ -117,28 +118,41 @@ def forced() -> str | None:
     return name or None
 
 
-def kernel(op: str, device: str, reference: Callable[P, R]) -> Callable[P, R]:
+def kernel(op: str, device: str, reference: Callable[P, R], entry: str | None = None) -> Callable[P, R]:
     """The function that carries ``op`` out on ``device``; an operator asks where no kernel is registered (yet).
 
     A native or CUDA kernel is registered with the dispatcher on the way, and then this is not asked again.
 
+    Args:
+        op: the operator, that is the file of its kernels.
+        device: a device type.
+        reference: what runs where there is no kernel.
+        entry: the raw operator that is meant, if it is not called ``op``: a file may hold several.
+
     Raises:
         RuntimeError: the backend that the environment forces cannot run.
     """
+    entry = entry or op
     with _lock:
         choice = _plan(op, device)
-        if choice.backend != "reference" and (op, device) not in _registered:
-            if choice.backend == "triton" and device == "cpu":
-                return getattr(_triton_module(op), op)
+        if choice.backend == "triton":
+            run = vars(_triton_module(op)).get(entry)
+            if run is None:  # some entries need no kernel of their own on a GPU
+                return reference
+            _register_triton(choice, entry, run)
+            return run
+        if choice.backend == "native" and (op, device) not in _registered:
             try:
-                _register(choice)
+                path = native.load(op)
+                reason = f"{choice.reason}; {path}" if forced() else f"C++ kernel, {path}"
+                _registered[op, device] = choice._replace(reason=reason)
             except native.NativeError as error:
                 _obstacles[op, device] = str(error)
                 choice = _plan(op, device)
     if choice.backend == "reference":
         _say_once(choice)
         return reference
-    return getattr(torch.ops.shiftconv, op).default
+    return getattr(torch.ops.shiftconv, entry).default
 
 
 def _plan(op: str, device: str) -> Choice:
@@ -182,17 +196,15 @@ def _obstacle(name: str, op: str, device: str) -> str | None:
     return _obstacles.get((op, device)) if name != "reference" else None
 
 
-def _register(choice: Choice) -> None:
-    """Put the kernel of ``choice`` under the dispatch key of its device, for the rest of the process."""
-    op, device, backend, reason = choice
-    if backend == "native":
-        path = native.load(op)
-        reason = f"{reason}; {path}" if forced() else f"C++ kernel, {path}"
-    else:
-        library = torch.library.Library("shiftconv", "IMPL")
-        library.impl(op, getattr(_triton_module(op), op), device.upper())
-        _libraries.append(library)
-    _registered[op, device] = Choice(op, device, backend, reason)
+def _register_triton(choice: Choice, entry: str, run: Callable[..., object]) -> None:
+    """Put a kernel under the dispatch key of its device for the rest of the process; the interpreter takes turns."""
+    if choice.device == "cpu" or (entry, choice.device) in _entries:
+        return
+    library = torch.library.Library("shiftconv", "IMPL")
+    library.impl(entry, run, choice.device.upper())
+    _libraries.append(library)
+    _entries.add((entry, choice.device))
+    _registered[choice.op, choice.device] = choice
 
 
 def _triton_module(op: str) -> ModuleType:

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its old name only
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -75,6 +76,23 @@ inline Tensor empty_as(const Tensor& x) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       x.dim(), x.sizes().data(), x.strides().data(), dtype_of(x), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Uninitialised CPU memory of other sizes in the dtype of x, dense in one of the two memory formats.
+inline Tensor empty_of(const Tensor& x, const std::vector<int64_t>& sizes, bool channels_last) {
+  const size_t rank = sizes.size();
+  std::vector<int64_t> strides(rank);
+  int64_t next = 1;
+  for (size_t i = 0; i < rank; ++i) {
+    const size_t innermost_first = rank - 1 - i;
+    const size_t axis = !channels_last ? innermost_first : i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
+    strides[axis] = next;
+    next *= std::max<int64_t>(sizes[axis], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes.data(), strides.data(),
+                                                         dtype_of(x), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
