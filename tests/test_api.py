@@ -12,8 +12,14 @@ PUBLIC = {
     "convert", "count", "create_model", "erf", "list_models", "load_checkpoint", "throughput",
     "__version__",
 }  # fmt: skip
-OPS = {"active_shift", "shift", "shift_", "sparse_shift", "PaddingMode"}
-NN = {"GroupShift1d", "GroupShift2d", "GroupShift3d"}
+OPS = {"active_shift", "shift", "shift_", "shift_linear", "sparse_shift", "PaddingMode"}
+NN = {
+    *(f"{kind}Shift{n}d" for kind in ("", "Group", "Sparse", "Active", "Partial") for n in (1, 2, 3)),
+    "AxialShift2d", "FourConnectedShift2d", "SpatialShift2d", "TemporalShift", "OnlineTemporalShift", "ShiftLinear",
+    "emulate_depthwise", "fold_shift", "fold_shifts",
+    "FreezeOffsets", "freeze_offsets", "lattice_penalty", "normalize_offset_gradients", "offset_groups",
+    "offset_parameters", "offset_penalty",
+}  # fmt: skip
 HEAVY = ["matplotlib", "sklearn", "tensorboard", "triton", "rich", "jsonargparse", "torch._dynamo", "torch._inductor"]
 
 

@@ -28,8 +28,8 @@ def _params(name, **arguments):
 
 def test_every_network_is_in_timms_registry():
     names = [f"{family}{depth}" for family in FAMILIES for depth in DEPTHS]
-    assert sorted(list_models()) == sorted(names) and set(names) <= set(timm.list_models())
-    assert list_models("shift*") == [f"shiftresnet{depth}" for depth in DEPTHS]
+    assert set(names) <= set(list_models()) and set(names) <= set(timm.list_models())
+    assert list_models("shiftresnet*") == [f"shiftresnet{depth}" for depth in DEPTHS]
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name)

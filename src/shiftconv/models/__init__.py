@@ -5,12 +5,13 @@ from typing import Any
 import timm
 from torch import nn
 
-from shiftconv.models import shiftresnet
+from shiftconv.models import active_resnet, fenet, shiftnet, shiftresnet
 from shiftconv.names import closest, unknown
 
 __all__ = ["create_model", "list_models"]
 
-_MODULES = [shiftresnet.__name__.rpartition(".")[2]]  # timm's registry knows a network's module by its last name
+# timm's registry knows a network's module by its last name
+_MODULES = [module.__name__.rpartition(".")[2] for module in (active_resnet, fenet, shiftnet, shiftresnet)]
 
 
 def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:

@@ -8,14 +8,40 @@ authors' released networks; so have the widths, ``int(expansion * out_chs)`` and
 Source: Wu et al., "Shift", CVPR 2018, arXiv:1711.08141, section 4.1, and the networks released with it.
 """
 
+from typing import Any, ClassVar
+
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from shiftconv.nn import GroupShift2d
+from shiftconv.nn.shift_linear import ShiftLinear, fold_norm
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+    """What the blocks share: the way in which they become faster once they are trained."""
+
+    norms: ClassVar[dict[str, str]]  # convolution: the normalisation that follows it
+    shortcut: Any  # convolution and norm, nothing, or None where the block has no shortcut
+
+    def fuse(self) -> nn.Module:
+        """The block for inference, with the same outputs: here itself, its normalisations folded into the convolutions.
+
+        The name is the one that ``timm.models.reparameterize_model`` looks for.
+        """
+        for conv, norm in self.norms.items():
+            layer = getattr(self, norm)
+            if isinstance(layer, nn.BatchNorm2d):
+                setattr(self, conv, fold_norm(getattr(self, conv), layer))
+                setattr(self, norm, nn.Identity())
+        if self.shortcut and len(self.shortcut) == 2:
+            self.shortcut = nn.Sequential(fold_norm(*self.shortcut))
+        return self
+
+
+class BasicBlock(Block):
     """Two 3x3 convolutions; ``reduction`` divides the channels between them. He et al., arXiv:1512.03385."""
+
+    norms: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
 
     def __init__(
         self, in_chs: int, out_chs: int, stride: int, *, reduction=1.0, project: bool = False, drop_path: float = 0.0
@@ -34,12 +60,14 @@ class BasicBlock(nn.Module):
         return self.act(self.drop_path(y) + self.shortcut(x))
 
 
-class ShiftBlock(nn.Module):
+class ShiftBlock(Block):
     """1x1 convolution, grouped 3x3 shift, 1x1 convolution; ``expansion`` multiplies the channels that are shifted.
 
     The last ReLU is before the sum and none after it. The stride is that of the second convolution, which therefore
     computes nothing for the positions that are dropped.
     """
+
+    norms: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
 
     def __init__(
         self, in_chs: int, out_chs: int, stride: int, *, expansion=1.0, project: bool = False, drop_path: float = 0.0
@@ -57,12 +85,32 @@ class ShiftBlock(nn.Module):
         y = self.act(self.bn2(self.conv2(self.shift2(y))))
         return self.drop_path(y) + self.shortcut(x)
 
+    def fuse(self) -> nn.Module:
+        """Another block, for inference: each convolution is one operator with all that surrounds it."""
+        return FusedShiftBlock(self)
 
-class DepthwiseBlock(nn.Module):
+
+class FusedShiftBlock(nn.Module):
+    """What a trained :class:`ShiftBlock` computes, in two operators, or three where the shortcut is a convolution."""
+
+    def __init__(self, block: ShiftBlock):
+        super().__init__()
+        shift = block.shift2
+        self.conv1 = ShiftLinear.from_conv(block.conv1, block.bn1, activation="relu")
+        self.conv2 = ShiftLinear.from_conv(block.conv2, block.bn2, shift.offset, shift.padding_mode, "relu")
+        self.shortcut = ShiftLinear.from_conv(*block.shortcut) if block.shortcut else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x), self.shortcut(x))
+
+
+class DepthwiseBlock(Block):
     """1x1 convolution, depthwise 3x3, 1x1 convolution with the stride; no ReLU after the depthwise one.
 
     ``reduction`` divides the channels in the middle, below 1 it widens them. Without ``skip`` there is no shortcut.
     """
+
+    norms: ClassVar = {"conv1": "bn1", "depth": "bn2", "conv3": "bn3"}
 
     def __init__(
         self,
@@ -90,7 +138,7 @@ class DepthwiseBlock(nn.Module):
         return self.act(y if self.shortcut is None else y + self.shortcut(x))
 
 
-class ShuffleBlock(nn.Module):
+class ShuffleBlock(Block):
     """Grouped 1x1 convolution, channel shuffle, depthwise 3x3 with the stride, grouped 1x1 convolution.
 
     ``reduction`` divides the channels in the middle, rounded down to a multiple of the four groups.
@@ -98,6 +146,7 @@ class ShuffleBlock(nn.Module):
     """
 
     groups = 4
+    norms: ClassVar = {"conv1": "bn1", "depth": "bn2", "conv3": "bn3"}
 
     def __init__(
         self, in_chs: int, out_chs: int, stride: int, *, reduction=1.0, project: bool = False, drop_path: float = 0.0
@@ -119,11 +168,13 @@ class ShuffleBlock(nn.Module):
         return self.act(self.drop_path(y) + self.shortcut(x))
 
 
-class MobileBlock(nn.Module):
+class MobileBlock(Block):
     """Depthwise 3x3 with the stride and 1x1 convolution, twice, as in MobileNet; no shortcut.
 
     ``reduction`` divides the channels between the two. Source of the idea: Howard et al., arXiv:1704.04861.
     """
+
+    norms: ClassVar = {"depth1": "depth_bn1", "conv1": "bn1", "depth2": "depth_bn2", "conv2": "bn2"}
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, *, reduction=1.0):
         super().__init__()
@@ -132,7 +183,7 @@ class MobileBlock(nn.Module):
         self.conv1, self.bn1 = _conv(in_chs, mid), nn.BatchNorm2d(mid)
         self.depth2, self.depth_bn2 = _conv(mid, mid, 3, groups=mid), nn.BatchNorm2d(mid)
         self.conv2, self.bn2 = _conv(mid, out_chs), nn.BatchNorm2d(out_chs)
-        self.act = nn.ReLU(inplace=True)
+        self.shortcut, self.act = None, nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.depth_bn1(self.depth1(x)))

@@ -1,4 +1,4 @@
-"""Grouped shift: the channels of a map, moved by the taps of a k x k window, in place of a spatial convolution.
+"""Shifts by whole pixels: with given offsets, or grouped, by the taps of a k x k window.
 
 Source: Wu et al., "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions", CVPR 2018,
 arXiv:1711.08141, section 3; the interleaved grouping is the one that the authors' released weights need.
@@ -6,22 +6,73 @@ arXiv:1711.08141, section 3; the interleaved grouping is the one that the author
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftconv.names import unknown
-from shiftconv.ops.shift import PaddingMode, shift
+from shiftconv.nn.arguments import per_axis
+from shiftconv.nn.base import IntegerShift, dense_kernel
+from shiftconv.ops import PaddingMode
+from shiftconv.ops.sampling import Crop
 
 Grouping = Literal["interleaved", "contiguous"]
 
 
-class _GroupShift(nn.Module):
-    """The grouped shift of any rank; a subclass fixes ``ndim``, the number of spatial axes."""
+class _Shift(IntegerShift):
+    def __init__(
+        self,
+        offset: Tensor | Sequence[Sequence[int]],
+        padding_mode: PaddingMode = "zeros",
+        crop: Crop | None = None,
+        stride: int | Sequence[int] = 1,
+    ):
+        given = torch.as_tensor(offset)
+        if given.ndim != 2 or given.shape[1] != self.ndim:
+            raise ValueError(f"{type(self).__name__} takes offset [C, {self.ndim}], got {[*given.shape]}")
+        if given.is_floating_point() or given.is_complex() or given.dtype is torch.bool:
+            raise TypeError(f"{type(self).__name__} takes integer offsets, got {given.dtype}")
+        super().__init__(given.shape[0], padding_mode, crop, stride)
+        self.register_buffer("offset", given.detach().to(torch.int64, copy=True))
 
-    ndim: ClassVar[int]
-    offset: Tensor
+    def extra_repr(self) -> str:
+        return f"{self.channels}{self._window_repr()}"
+
+
+class Shift1d(_Shift):
+    """Shift ``[N, C, L]`` by given whole pixels; as :class:`Shift2d`."""
+
+    ndim = 1
+
+
+class Shift2d(_Shift):
+    """Shift each channel of ``[N, C, H, W]`` by its own given number of whole pixels, ``y[p] = x[p - offset]``.
+
+    ``offset`` is a buffer and part of the state dict.
+
+    Args:
+        offset: integers ``[C, 2]``, how far the content of each channel moves down and right.
+        padding_mode: what the vacated border reads, as in :func:`shiftconv.ops.shift`.
+        crop: per spatial axis the pixels to cut from the lower and the upper side, negative ones extend the map.
+        stride: keep every ``stride``-th position; one for all axes, or one each.
+
+    Raises:
+        TypeError: offsets, crops or strides that are no whole numbers.
+        ValueError: an offset of another shape, a wrong number of crops or strides, an unknown padding mode.
+    """
+
+    ndim = 2
+
+
+class Shift3d(_Shift):
+    """Shift ``[N, C, T, H, W]`` by given whole pixels; as :class:`Shift2d`."""
+
+    ndim = 3
+
+
+class _GroupShift(IntegerShift):
+    """The grouped shift of any rank."""
 
     def __init__(
         self,
@@ -30,35 +81,26 @@ class _GroupShift(nn.Module):
         dilation: int | Sequence[int] = 1,
         grouping: Grouping = "interleaved",
         padding_mode: PaddingMode = "zeros",
+        crop: Crop | None = None,
+        stride: int | Sequence[int] = 1,
     ):
-        super().__init__()
+        super().__init__(channels, padding_mode, crop, stride)
         if grouping not in get_args(Grouping):
             raise unknown("grouping", grouping, get_args(Grouping))
-        if padding_mode not in get_args(PaddingMode):
-            raise unknown("padding_mode", padding_mode, get_args(PaddingMode))
-        self.channels = _positive("channels", channels)
-        self.kernel_size = _per_axis("kernel_size", kernel_size, self.ndim)
-        self.dilation = _per_axis("dilation", dilation, self.ndim)
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.ndim)
+        self.dilation = per_axis("dilation", dilation, self.ndim)
         self.grouping: Grouping = grouping
-        self.padding_mode: PaddingMode = padding_mode
         offset = _offsets(channels, self.kernel_size, self.dilation, grouping)
         self.register_buffer("offset", offset, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return shift(x, self.offset, self.padding_mode)
 
     def equivalent_kernel(self) -> Tensor:
         """The shift as a dense depthwise kernel ``[C, 1, *K]``, one-hot in every channel, on the offset's device.
 
         Each extent of ``K`` is odd, ``2 * r + 1`` with ``r = dilation * (kernel_size // 2)``, and entry ``r`` is the
-        middle, so that a cross-correlation of the map padded by ``r`` on both sides gives the output of the module:
-        ``conv2d(x, kernel, padding=r, groups=C)`` for zeros, ``conv2d(pad(x, r, mode), kernel, groups=C)`` otherwise.
+        middle, so that a strided cross-correlation of the map padded by ``r`` on both sides, less the crop, gives the
+        output of the module: ``conv2d(pad(x, r - crop, mode), kernel, stride=stride, groups=C)``.
         """
-        reach = torch.tensor([d * (k // 2) for d, k in zip(self.dilation, self.kernel_size, strict=True)])
-        kernel = torch.zeros(self.channels, 1, *(2 * reach + 1).tolist(), device=self.offset.device)
-        taps = reach.to(self.offset.device) - self.offset  # reading at p - offset is the tap at -offset
-        kernel[(torch.arange(self.channels, device=kernel.device), 0, *taps.unbind(1))] = 1
-        return kernel
+        return dense_kernel(self.offset, [d * (k // 2) for d, k in zip(self.dilation, self.kernel_size, strict=True)])
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, kernel_size={self.kernel_size}"
@@ -66,9 +108,7 @@ class _GroupShift(nn.Module):
             text += f", dilation={self.dilation}"
         if self.grouping != "interleaved":
             text += f", grouping={self.grouping!r}"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode!r}"
-        return text
+        return text + self._window_repr()
 
 
 class GroupShift1d(_GroupShift):
@@ -93,6 +133,8 @@ class GroupShift2d(_GroupShift):
             ``contiguous``: the first ``C // K`` channels have tap 0, the next ``C // K`` tap 1 ..., as the paper says;
             the left-over channels are the last ones.
         padding_mode: what the vacated border reads, as in :func:`shiftconv.ops.shift`.
+        crop: per spatial axis the pixels to cut from the lower and the upper side, negative ones extend the map.
+        stride: keep every ``stride``-th position; one for all axes, or one each.
 
     Raises:
         TypeError: a size that is no whole number.
@@ -119,19 +161,3 @@ def _offsets(channels: int, kernel_size: Sequence[int], dilation: Sequence[int],
     offset = torch.zeros(channels, len(kernel_size), dtype=torch.int64)
     offset[: size * taps] = torch.stack(moved, dim=1)
     return offset
-
-
-def _positive(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _per_axis(name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return (_positive(name, value),) * ndim
-    if len(value) != ndim:
-        raise ValueError(f"{name} must be one number or {ndim}, one per spatial axis; got {value!r}")
-    return tuple(_positive(name, item) for item in value)

@@ -243,21 +243,21 @@ def _first_call(x: Tensor, offset: Tensor, mode: int, transpose: bool, window: S
     return backend.kernel("shift", x.device.type, reference)(x, offset, mode, transpose, window)
 
 
-def _first_call_in_place(x: Tensor, offset: Tensor, mode: int) -> None:
-    backend.kernel("shift", x.device.type, _in_place, "shift_")(x, offset, mode)
+def _first_call_in_place(x: Tensor, offset: Tensor, padding: int) -> None:
+    backend.kernel("shift", x.device.type, _in_place, "shift_")(x, offset, padding)
 
 
-def _in_place(x: Tensor, offset: Tensor, mode: int) -> None:
+def _in_place(x: Tensor, offset: Tensor, padding: int) -> None:
     """Where there is no kernel that works in place: move the part, and copy it back."""
     part = x[:, : offset.shape[0]]
-    part.copy_(_raw(part, offset, mode, False, PLAIN))
+    part.copy_(_raw(part, offset, padding, False, PLAIN))
 
 
 def _fake(x: Tensor, offset: Tensor, mode: int, transpose: bool, window: Sequence[int] = PLAIN) -> Tensor:
     return empty_output(x, window, transpose)
 
 
-def _fake_in_place(x: Tensor, offset: Tensor, mode: int) -> None:
+def _fake_in_place(x: Tensor, offset: Tensor, padding: int) -> None:
     pass
 
 
@@ -267,7 +267,8 @@ _LIBRARY.define(
     "shift(Tensor x, Tensor offset, int mode, bool transpose, int[] geometry=[]) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.define("shift_(Tensor(a!) x, Tensor offset, int mode) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+# "mode" is a word that torch's functionalisation of operators in place takes for itself.
+_LIBRARY.define("shift_(Tensor(a!) x, Tensor offset, int padding) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("shift", _first_call, "CompositeExplicitAutograd")
 _LIBRARY.impl("shift_", _first_call_in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("shiftconv::shift", _fake, lib=_LIBRARY)

@@ -170,17 +170,65 @@ Tensor shift(Tensor x, Tensor offset, int64_t mode, bool transpose, std::vector<
   return to;
 }
 
-// The first channels of x, as many as there are offsets, in place: plane by plane, by way of a copy that stays in cache.
+// One plane [D, H, W] in place, zeros beyond the border: one linear move, after which the border is cleared.
+template <class T>
+void move_in_place(T* plane, const AxisMap& d, const AxisMap& h, const AxisMap& w) {
+  const int64_t volume = d.size * h.size * w.size, delta = (d.delta * h.size + h.delta) * w.size + w.delta;
+  const bool any = d.begin < d.end && h.begin < h.end && w.begin < w.end;  // and then |delta| < volume
+  if (any && delta != 0)
+    std::memmove(static_cast<void*>(plane + std::max<int64_t>(0, -delta)), plane + std::max<int64_t>(0, delta),
+                 (volume - std::abs(delta)) * sizeof(T));
+  for (int64_t row = 0; row < d.size * h.size; ++row, plane += w.size) {
+    const bool inside = any && d.inside(row / h.size) && h.inside(row % h.size);
+    std::fill(plane, plane + (inside ? w.begin : w.size), T{});
+    if (inside) std::fill(plane + w.end, plane + w.size, T{});
+  }
+}
+
+// Large planes move in place; small ones go through the cache, by the programs of shift_planes.h where there is one.
+template <class T>
+void shift_planes_in_place(T* data, const Shape& s, int64_t moving, const Groups& groups, bool zeros) {
+  const int64_t volume = s.volume(), bytes = volume * int64_t{sizeof(T)};
+  const bool small = bytes <= 4096;
+  std::vector<Plane<T, T>> planes;
+  std::vector<PlaneProgram> programs;
+  for (const Group& g : groups.list) {
+    planes.emplace_back(g);
+    if (small && has_windows && bytes >= window_size) programs.emplace_back(g, sizeof(T));
+  }
+  const char* const first = reinterpret_cast<const char*>(data);
+  const char* const last = first + s.n * s.c * bytes;
+  parallel_for(s.n * moving, bytes, [&](int64_t begin, int64_t end) {
+    std::vector<T> moved(small || !zeros ? volume : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / moving, c = i % moving;
+      const int32_t g = groups.of_channel[c];
+      T* const plane = data + (n * s.c + c) * volume;
+      const char* const from = reinterpret_cast<const char*>(plane);
+      if (!small && zeros) {
+        move_in_place(plane, *groups.list[g].d, *groups.list[g].h, *groups.list[g].w);
+        continue;
+      }
+      if (!programs.empty() && programs[g].pays() && programs[g].fits(from, first, last))
+        programs[g].run(reinterpret_cast<char*>(moved.data()), from);
+      else
+        planes[g].run(moved.data(), plane);
+      std::memcpy(static_cast<void*>(plane), moved.data(), bytes);
+    }
+  });
+}
+
+// The first channels of x, as many as there are offsets.
 void shift_in_place(Tensor x, Tensor offset, int64_t mode) {
   const Shape s = shape_of(x);
-  const int64_t moving = offset.size(0), volume = s.volume(), size = element_size(x);
+  const int64_t moving = offset.size(0);
   STD_TORCH_CHECK(moving <= s.c, "expected at most ", s.c, " offsets, got ", moving);
   const Columns o(offset, moving, x.dim() - 2);
   check_mode(mode);
   if (x.numel() == 0 || moving == 0) return;
   if (!x.is_contiguous()) {
-    const Tensor part = torch::stable::narrow(x, 1, 0, moving);
-    torch::stable::copy_(const_cast<Tensor&>(part), shift(part, offset, mode, false, {}));
+    Tensor part = torch::stable::narrow(x, 1, 0, moving);
+    torch::stable::copy_(part, shift(part, offset, mode, false, {}));
     return;
   }
   const auto padding = static_cast<Padding>(mode);
@@ -188,28 +236,23 @@ void shift_in_place(Tensor x, Tensor offset, int64_t mode) {
   const AxisMaps h(o[1], o.stride(1), moving, s.h, padding, false);
   const AxisMaps d(o[2], o.stride(2), moving, s.d, padding, false);
   const Groups groups(moving, d, h, w);
-  char* const data = static_cast<char*>(x.mutable_data_ptr());
-  const auto run = [&]<class T>(T*) {
-    std::vector<Plane<T, T>> planes;
-    for (const Group& g : groups.list) planes.emplace_back(g);
-    parallel_for(s.n * moving, volume * size, [&](int64_t begin, int64_t end) {
-      std::vector<T> copy(volume);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / moving, c = i % moving;
-        T* const plane = reinterpret_cast<T*>(data) + (n * s.c + c) * volume;
-        std::memcpy(static_cast<void*>(copy.data()), plane, volume * size);
-        planes[groups.of_channel[c]].run(plane, copy.data());
-      }
-    });
+  const auto run = [&]<class T>(T* data) {
+    shift_planes_in_place(data, s, moving, groups, padding == Padding::zeros);
   };
-  switch (size) {
-    case 1: return run(static_cast<uint8_t*>(nullptr));
-    case 2: return run(static_cast<uint16_t*>(nullptr));
-    case 4: return run(static_cast<float*>(nullptr));
-    case 8: return run(static_cast<double*>(nullptr));
-    case 16: return run(static_cast<std::complex<double>*>(nullptr));
+  void* const data = x.mutable_data_ptr();
+  switch (element_size(x)) {
+    case 1:
+      return run(static_cast<uint8_t*>(data));
+    case 2:
+      return run(static_cast<uint16_t*>(data));
+    case 4:
+      return run(static_cast<float*>(data));
+    case 8:
+      return run(static_cast<double*>(data));
+    case 16:
+      return run(static_cast<std::complex<double>*>(data));
   }
-  STD_TORCH_CHECK(false, "expected elements of 1, 2, 4, 8 or 16 bytes, got ", size);
+  STD_TORCH_CHECK(false, "expected elements of 1, 2, 4, 8 or 16 bytes, got ", element_size(x));
 }
 
 // Real offsets to whole ones, halves to even.

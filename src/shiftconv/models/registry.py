@@ -1,0 +1,73 @@
+"""One entry in timm's registry per network, with errors that say which arguments it has."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+from shiftconv.models.trunk import TrunkArgs
+from shiftconv.names import closest
+
+_TIMM_ARGS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
+_FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")
+
+
+def arguments_of(family: Callable[..., nn.Module], fixed: Iterable[str] = ()) -> tuple[str, ...]:
+    """The names of all arguments that networks of ``family`` take, but for those that the name of a network fixes."""
+    own = [name for name in inspect.signature(family).parameters if name not in (*fixed, "trunk")]
+    return *own, *TrunkArgs.__annotations__, *_FEATURE_ARGS
+
+
+def check_arguments(
+    variant: str, known: tuple[str, ...], given: Iterable[str], others: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
+    """Raise TypeError for the first of ``given`` that ``variant`` does not take.
+
+    Args:
+        variant: name of the network.
+        known: what it takes, beside what is for timm.
+        given: the names that came.
+        others: what other families take, to say whose an argument is.
+    """
+    for name in given:
+        if name in known or name in _TIMM_ARGS:
+            continue
+        owners = [family for family, names in (others or {}).items() if name in names]
+        close = closest(name, known)
+        hint = f" (it belongs to {', '.join(owners)})." if owners else f"; did you mean {close!r}?" if close else "."
+        raise TypeError(f"{variant} has no argument {name!r}{hint} It takes: {', '.join(known)}")
+
+
+def register(
+    variant: str,
+    family: Callable[..., nn.Module],
+    out_indices: tuple[int, ...],
+    fixed: Mapping[str, Any] | None = None,
+    others: Mapping[str, Callable[..., nn.Module]] | None = None,
+) -> Callable[..., nn.Module]:
+    """Register ``family`` with the arguments ``fixed`` in timm as ``variant``, and return the function that makes it.
+
+    Args:
+        variant: name of the network; the module of ``family`` has its configuration in ``default_cfgs``.
+        family: makes a network from ``fixed`` and the arguments that are left.
+        out_indices: the features that ``features_only`` gives unless told.
+        fixed: the arguments that the name stands for.
+        others: the families of the same module, for errors.
+    """
+    fixed = dict(fixed or {})
+    known = arguments_of(family, fixed)
+
+    def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        rest = {name: arguments_of(other) for name, other in (others or {}).items() if other is not family}
+        check_arguments(variant, known, arguments, rest)
+        features = dict(out_indices=out_indices)
+        return build_model_with_cfg(partial(family, **fixed), variant, pretrained, feature_cfg=features, **arguments)
+
+    entry.__name__ = entry.__qualname__ = variant
+    entry.__module__ = family.__module__  # where timm looks for the configuration
+    values = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+    entry.__doc__ = f"``{family.__name__}({values})``; takes its other arguments and timm's."
+    return register_model(entry)

@@ -1,0 +1,288 @@
+// Output pixels of channels-first maps, sixteen side by side, and the lanes of the input that they read.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "linear_problem.h"
+#include "linear_vector.h"
+
+#if defined(SHIFTCONV_LINEAR_VECTORS)
+namespace shiftconv {
+
+// Sixteen successive output pixels. They may begin in one image and end in the next.
+struct Strip {
+  int64_t image[2];
+  int64_t pixel[2];  // that lane 0 has, or would have, in either image
+  __mmask16 mask[2];
+};
+
+class Strips {
+ public:
+  explicit Strips(const LinearProblem& p) : volume_(p.out_volume()), whole_(p.images * volume_) {
+    joined_ = p.is_linear() && volume_ >= lanes && volume_ % lanes != 0;
+    per_image_ = (volume_ + lanes - 1) / lanes;
+    count_ = joined_ ? (whole_ + lanes - 1) / lanes : p.images * per_image_;
+  }
+  int64_t count() const { return count_; }
+  int64_t per_image() const { return per_image_; }
+
+  Strip operator[](int64_t i) const {
+    if (!joined_) {
+      const int64_t image = i / per_image_, pixel = (i - image * per_image_) * lanes;
+      return {{image, image}, {pixel, pixel}, {first_lanes(volume_ - pixel), 0}};
+    }
+    const int64_t first = i * lanes, image = first / volume_, pixel = first - image * volume_;
+    const __mmask16 here = first_lanes(volume_ - pixel), all = first_lanes(whole_ - first);
+    return {{image, image + 1}, {pixel, pixel - volume_}, {here, static_cast<__mmask16>(all & ~here)}};
+  }
+
+ private:
+  int64_t volume_, whole_, per_image_, count_;
+  bool joined_;
+};
+
+template <int width>
+using Strided = std::array<Strip, width>;
+
+// Coordinates of sixteen pixels from `pixel` on, which counts along w first; lanes before pixel 0 mean nothing.
+struct Places {
+  __m512i d, h, w;
+
+  Places(int64_t pixel, const LinearProblem& p) {
+    const int64_t from = std::max<int64_t>(pixel, 0), row = from / p.w.count, slice = row / p.h.count;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    w = _mm512_add_epi32(lane, set(from - row * p.w.count - (from - pixel)));
+    h = set(row - slice * p.h.count);
+    d = set(slice);
+    carry(w, h, p.w.count);
+    carry(h, d, p.h.count);
+  }
+
+ private:
+  static __m512i set(int64_t value) { return _mm512_set1_epi32(static_cast<int32_t>(value)); }
+
+  static void carry(__m512i& low, __m512i& high, int64_t size) {
+    const __m512i limit = set(size), one = _mm512_set1_epi32(1);
+    for (__mmask16 over; (over = _mm512_cmpge_epi32_mask(low, limit)) != 0;) {
+      low = _mm512_mask_sub_epi32(low, over, low, limit);
+      high = _mm512_mask_add_epi32(high, over, high, one);
+    }
+  }
+};
+
+// Reads what lies a fixed distance away, or zero: padding with zeros, no stride.
+template <class T>
+class LinearReader {
+ public:
+  LinearReader(const LinearProblem& p, const T* x)
+      : p_(p), x_(x), volume_(p.in_volume()), source_(p.channels), masks_(p.groups.size()) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const Offset& o = p.groups[p.of_channel[c]];
+      const int64_t delta = -((o.d * p.h.size + o.h) * p.w.size + o.w);
+      source_[c] = c * volume_ + delta;
+      low_ = std::min(low_, delta);
+      high_ = std::max(high_, delta);
+    }
+  }
+
+  // Prepare to read for `width` strips; `next` begins the tile that will be read after this one.
+  template <int width>
+  void open(const std::array<Strip, width>& tile, const Strip& next) {
+    const int64_t image = p_.channels * volume_;
+    bool two = false, whole = true, row = true;
+    for (int v = 0; v < width; ++v) {
+      for (int i = 0; i < 2; ++i) {
+        const bool any = tile[v].mask[i] != 0;
+        base_[v][i] = tile[v].image[i] * image + tile[v].pixel[i];
+        mask_groups(v, i, tile[v], any);
+        if (!any) continue;
+        two = two || i == 1;
+        whole = whole && base_[v][i] + low_ >= 0 && base_[v][i] + image - volume_ + lanes + high_ <= p_.images * image;
+      }
+      row = row && base_[v][0] == base_[0][0] + v * lanes;
+    }
+    way_ = two ? split : row && whole ? straight : careful;
+    next_ = next.image[0] * image + next.pixel[0];
+  }
+
+  // Calls body(fetch, first, last) until all strips were named; fetch(v, channel) is what strip v reads.
+  template <int width, class Body>
+  void read(const Body& body) const {
+    const std::integral_constant<int, 0> first;
+    const std::integral_constant<int, width> last;
+    const auto fetch = [this](auto way) {
+      constexpr int kind = way;
+      return [masks = masks_.data(), base = base_, group = p_.of_channel.data(), x = x_, source = source_.data(),
+              next = x_ + next_](int v, int64_t c) __attribute__((always_inline)) {
+        const Masks& mask = masks[group[c]];
+        const T* const from = x + source[c];
+        if (v == 0) prefetch_tile(next + source[c]);
+        if constexpr (kind == straight) return load_whole(mask[0][v], from + base[0][0] + v * lanes);
+        const __m512i one = load_lanes(mask[0][v], from + base[v][0]);
+        if constexpr (kind == careful) return one;
+        return _mm512_or_si512(one, load_lanes(mask[1][v], from + base[v][1]));
+      };
+    };
+    if (way_ == straight)
+      body(fetch(std::integral_constant<int, straight>()), first, last);
+    else if (way_ == careful)
+      body(fetch(std::integral_constant<int, careful>()), first, last);
+    else
+      body(fetch(std::integral_constant<int, split>()), first, last);
+  }
+
+ private:
+  using Masks = std::array<std::array<__mmask16, 4>, 2>;  // of the strips, in either image
+  enum Way { straight, careful, split };                  // whole loads of one run; masked ones; two of them to a strip
+
+  void mask_groups(int v, int i, const Strip& strip, bool any) {
+    if (!any) {
+      for (Masks& masks : masks_) masks[i][v] = 0;
+      return;
+    }
+    const Places at(strip.pixel[i], p_);
+    const auto inside = [](__mmask16 k, __m512i place, int64_t offset, int64_t size) {
+      const __m512i from = _mm512_sub_epi32(place, _mm512_set1_epi32(static_cast<int32_t>(offset)));
+      return _mm512_mask_cmplt_epu32_mask(k, from, _mm512_set1_epi32(static_cast<int32_t>(size)));
+    };
+    for (size_t g = 0; g < masks_.size(); ++g) {
+      const Offset& o = p_.groups[g];
+      const __mmask16 in_h = inside(strip.mask[i], at.h, o.h, p_.h.size), in_w = inside(in_h, at.w, o.w, p_.w.size);
+      masks_[g][i][v] = inside(in_w, at.d, o.d, p_.d.size);
+    }
+  }
+
+  // The lines that the tile at `from` adds to those of the tile before.
+  static void prefetch_tile(const T* from) {
+    const char* const last = reinterpret_cast<const char*>(from + tile) - 1;
+    constexpr int64_t bytes = tile * sizeof(T);
+    for (int64_t back = 0; back < bytes - 32; back += 64) prefetch(last - back);
+  }
+
+  const LinearProblem& p_;
+  const T* x_;
+  int64_t volume_;
+  std::vector<int64_t> source_;  // of a channel's pixel 0 in image 0
+  std::vector<Masks> masks_;     // of a group of channels
+  std::array<std::array<int64_t, 2>, strips> base_{};
+  int64_t next_ = 0, low_ = 0, high_ = 0;
+  Way way_ = careful;
+};
+
+// Reads any positions of a plane, sixteen at a time, by whole vectors that are permuted, or one by one.
+template <class T>
+class GatherReader {
+ public:
+  GatherReader(const LinearProblem& p, const SourceTables& tables, const T* x)
+      : p_(p), tables_(tables), x_(x), volume_(p.in_volume()), groups_(static_cast<int64_t>(p.groups.size())) {
+    const int64_t per_image = (p.out_volume() + lanes - 1) / lanes;
+    keeps_ = per_image * groups_ * int64_t{sizeof(View)} <= (1 << 18);
+    views_.resize((keeps_ ? per_image : strips) * groups_);
+    loads_.assign(keeps_ ? per_image : strips, 0);
+  }
+
+  template <int width>
+  void open(const std::array<Strip, width>& tile, const Strip&) {
+    for (int v = 0; v < width; ++v) {
+      slot_[v] = keeps_ ? tile[v].pixel[0] / lanes : v;
+      base_[v] = tile[v].image[0] * p_.channels * volume_;
+      if (keeps_ && loads_[slot_[v]] != 0) continue;
+      const Places at(tile[v].pixel[0], p_);
+      int loads = 1;
+      for (int64_t g = 0; g < groups_; ++g) loads = std::max(loads, look(at, tile[v].mask[0], g, slot_[v]));
+      loads_[slot_[v]] = loads;
+    }
+  }
+
+  template <int width, class Body>
+  void read(const Body& body) const {
+    read_strip<0>(body);
+    if constexpr (width > 1) read_strip<1>(body);
+    if constexpr (width > 2) read_strip<2>(body);
+  }
+
+ private:
+  struct View {
+    __m512i index;  // of each lane, from `first` on
+    int64_t first;
+    __mmask16 valid, load[4];
+  };
+  static constexpr int scattered = 5;
+
+  // Fill the view of one group of channels; the number of vectors that it loads.
+  int look(const Places& at, __mmask16 mask, int64_t g, int64_t slot) {
+    View& view = views_[slot * groups_ + g];
+    const auto source = [&](const SourceTable& table, __m512i place) {
+      return _mm512_mask_i32gather_epi32(_mm512_set1_epi32(-1), mask, place, table.of_group(g), 4);
+    };
+    const auto times = [](__m512i a, int64_t b) {
+      return _mm512_mullo_epi32(a, _mm512_set1_epi32(static_cast<int32_t>(b)));
+    };
+    const __m512i d = source(tables_.d, at.d), h = source(tables_.h, at.h), w = source(tables_.w, at.w);
+    const __m512i index = _mm512_add_epi32(times(_mm512_add_epi32(times(d, p_.h.size), h), p_.w.size), w);
+    view.valid = ~_mm512_movepi32_mask(_mm512_or_si512(_mm512_or_si512(d, h), w));
+    view.first = view.valid ? _mm512_mask_reduce_min_epi32(view.valid, index) : 0;
+    const int64_t span = view.valid ? _mm512_mask_reduce_max_epi32(view.valid, index) - view.first + 1 : 0;
+    view.index = _mm512_sub_epi32(index, _mm512_set1_epi32(static_cast<int32_t>(view.first)));
+    for (int i = 0; i < 4; ++i) view.load[i] = first_lanes(span - i * lanes);
+    const int64_t loads = (span + lanes - 1) / lanes;
+    return loads <= 2 ? static_cast<int>(loads) : loads <= 4 ? 4 : scattered;
+  }
+
+  template <int v, class Body>
+  void read_strip(const Body& body) const {
+    const int loads = loads_[slot_[v]];
+    if (loads <= 1)
+      read_loads<v, 1>(body);
+    else if (loads == 2)
+      read_loads<v, 2>(body);
+    else if (loads == 4)
+      read_loads<v, 4>(body);
+    else
+      read_loads<v, scattered>(body);
+  }
+
+  template <int v, int loads, class Body>
+  void read_loads(const Body& body) const {
+    const View* const views = views_.data() + slot_[v] * groups_;
+    const T* const image = x_ + base_[v];
+    body([=, this](int, int64_t c) {
+      const View& view = views[p_.of_channel[c]];
+      return fetch<loads>(view, image + c * volume_ + view.first);
+    }, std::integral_constant<int, v>(), std::integral_constant<int, v + 1>());
+  }
+
+  template <int loads>
+  static __m512i fetch(const View& view, const T* from) {
+    if constexpr (loads == scattered) {
+      alignas(64) int32_t index[lanes], values[lanes];
+      _mm512_store_si512(index, view.index);
+      for (int i = 0; i < lanes; ++i) {
+        values[i] = 0;
+        if (view.valid >> i & 1) std::memcpy(&values[i], from + index[i], sizeof(T));
+      }
+      return _mm512_load_si512(values);
+    }
+    const __m512i a = load_lanes(view.load[0], from);
+    if constexpr (loads == 1) return _mm512_maskz_permutexvar_epi32(view.valid, view.index, a);
+    const __m512i b = load_lanes(view.load[1], from + lanes);
+    const __m512i low = _mm512_maskz_permutex2var_epi32(view.valid, a, view.index, b);
+    if constexpr (loads == 2) return low;
+    const __m512i c = load_lanes(view.load[2], from + 2 * lanes), d = load_lanes(view.load[3], from + 3 * lanes);
+    const __mmask16 upper = _mm512_test_epi32_mask(view.index, _mm512_set1_epi32(2 * lanes)) & view.valid;
+    return _mm512_mask_mov_epi32(low, upper, _mm512_permutex2var_epi32(c, view.index, d));
+  }
+
+  const LinearProblem& p_;
+  const SourceTables& tables_;
+  const T* x_;
+  int64_t volume_, groups_;
+  bool keeps_;  // the views of all strips of an image, which are those of every image
+  std::vector<View> views_;
+  std::vector<int> loads_;
+  std::array<int64_t, strips> slot_{}, base_{};
+};
+
+}  // namespace shiftconv
+#endif

@@ -1,0 +1,269 @@
+"""The shift fused into the 1x1 convolution that follows it: the shifted map is never written.
+
+    y[n, o, p] = act(bias[o] + sum over c of weight[o, c] * x~[n, c, stride * p - offset[c]]) + residual[n, o, p]
+
+``x~`` is ``x`` extended by the padding mode. A stride computes the positions that it keeps and no others. With offsets
+of zero this is a 1x1 convolution with everything that surrounds it in a residual block.
+
+The raw operator, whose kernels compute exactly this, sums 16-bit types in float32 and rounds once::
+
+    shiftconv::shift_linear(Tensor x, Tensor offset, Tensor weight, Tensor? bias, Tensor? residual,
+                            int mode, int[] stride, bool relu) -> Tensor
+
+``x`` is ``[N, C, *S]`` of any strides, ``offset`` int64 ``[C, D]``, ``weight`` ``[O, C]``, ``bias`` ``[O]``, ``residual``
+``[N, O, *S']`` of any strides with ``S' = ceil(S / stride)``, ``mode`` from :data:`shiftconv.ops.sampling.MODES`,
+``stride`` one number per spatial axis. All floating tensors have one dtype. The result is dense in the memory format of
+``x``.
+
+Source: Wu et al., "Shift", CVPR 2018, arXiv:1711.08141, sections 3 and 4.1 (its block ends in relu, then the sum).
+"""
+
+# torch does not type everything it returns.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from shiftconv.names import unknown
+from shiftconv.ops import backend
+from shiftconv.ops.sampling import MODES, PLAIN, PaddingMode, check_map, format_of, geometry
+from shiftconv.ops.shift import apply_shift
+from shiftconv.ops.shift import reference as shift_reference
+
+Activation = Literal["relu"]
+
+_ACTIVATIONS: dict[str | None, bool] = {None: False, "relu": True}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ONES = ([1], [1, 1], [1, 1, 1])
+
+
+def shift_linear(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding_mode: PaddingMode = "zeros",
+    stride: int | Sequence[int] = 1,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Shift each channel of ``x`` by its own integer offset, then mix the channels at every position.
+
+    Args:
+        x: ``[N, C, *S]`` with one to three spatial axes, float64, float32, float16 or bfloat16, any strides.
+        offset: ``[C, D]`` integers in pixels on the device of ``x``, as in :func:`shiftconv.ops.shift`.
+        weight: ``[O, C]`` in the dtype of ``x``.
+        bias: ``[O]``, or None.
+        padding_mode: what the vacated border reads, as in :func:`shiftconv.ops.shift`.
+        stride: keep every ``stride``-th position; one for all axes or one each.
+        activation: ``relu``, or None.
+        residual: ``[N, O, *S']``, added last, after the activation; or None.
+
+    Returns:
+        ``[N, O, *S']`` with ``S' = ceil(S / stride)`` in the dtype and memory format of ``x``. Differentiable in all
+        but ``offset``, any order. Under autocast the tensors are cast as those of a linear layer are.
+
+    Raises:
+        TypeError: an argument is no tensor, ``offset`` is not of integers, the others are not of one floating dtype, or
+            a stride is no whole number.
+        ValueError: shapes or devices that do not fit, or an unknown padding mode or activation.
+    """
+    floats = (x, weight, bias, residual)
+    if not (isinstance(offset, Tensor) and all(isinstance(t, Tensor) for t in floats if t is not None)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        came = ", ".join(type(t).__name__ for t in (x, offset, weight, bias, residual))
+        raise TypeError(f"shift_linear takes tensors: x, offset, weight, and bias and residual or None; got {came}")
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    mode, relu, axes = MODES.get(padding_mode), _ACTIVATIONS.get(activation), x.ndim - 2
+    if mode is None or relu is None or not 1 <= axes <= 3 or offset.shape != (x.shape[1], axes):
+        check_map("shift_linear", x, offset, padding_mode)
+        raise unknown("activation", activation, [name for name in _ACTIVATIONS if name])
+    if offset.dtype is not torch.int64 or offset.device != x.device:
+        check_map("shift_linear", x, offset, padding_mode)
+        offset = _integers(offset)
+    steps = _ONES[axes - 1] if stride == 1 else [*geometry(x, None, stride)[3::4]]
+    _check(x, weight, bias, residual, steps)
+    return apply_shift_linear(x, offset, weight, bias, residual, mode, steps, relu)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """All tensors in the dtype that autocast lends to matrix products; float64 is left alone."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in (x, *others)
+    )
+
+
+def _integers(offset: Tensor) -> Tensor:
+    if offset.is_floating_point() or offset.is_complex() or offset.dtype is torch.bool:
+        raise TypeError(f"shift_linear takes integer offsets, got {offset.dtype}")
+    return offset.to(torch.int64)
+
+
+def _sizes(x: Tensor, weight: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+    """``[N, O, *S']``, the sizes of the result."""
+    return (x.shape[0], weight.shape[0], *(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int]) -> None:
+    """Whether the floating tensors fit together."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"shift_linear takes x of a floating dtype, got {x.dtype}")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must be [O, C] with C = {x.shape[1]} channels of x, got {[*weight.shape]}")
+    named = (
+        ("weight", weight, weight.shape),
+        ("bias", bias, weight.shape[:1]),
+        ("residual", residual, None if residual is None else _sizes(x, weight, stride)),
+    )
+    for name, tensor, expected in named:
+        if tensor is None:
+            continue
+        if tensor.dtype is not x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        if tensor.shape != expected:
+            raise ValueError(f"{name} must be {[*(expected or ())]} for x {[*x.shape]}, got {[*tensor.shape]}")
+
+
+def apply_shift_linear(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mode: int,
+    stride: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """The raw operator, recorded by the cheapest machinery that the caller's transforms allow; see ``apply_shift``."""
+    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    if not (transformed or recorded):
+        return _raw(x, offset, weight, bias, residual, mode, stride, relu)
+    function = _TransformedShiftLinear if transformed else _ShiftLinear
+    if relu and residual is not None:
+        # The gradient needs to know where relu has cut, which the sum no longer shows.
+        y = function.apply(x, offset, weight, bias, None, mode, stride, relu)
+        return cast("Tensor", y) + residual
+    return cast("Tensor", function.apply(x, offset, weight, bias, residual, mode, stride, relu))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients to x, weight, bias and residual, by differentiable steps; the shifted map is made anew."""
+    x, offset, weight, y = ctx.saved_tensors
+    wants_x, _, wants_weight, wants_bias, wants_residual, *_ = ctx.needs_input_grad
+    grad = grad.contiguous(memory_format=format_of(x))  # sum() sends expanded ones
+    grad_residual = grad if wants_residual else None
+    if ctx.relu:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    window = PLAIN if all(step == 1 for step in ctx.stride) else geometry(x, None, ctx.stride)
+    grad_x = grad_weight = grad_bias = None
+    if wants_x:
+        still = offset.new_zeros((weight.shape[0], x.ndim - 2))
+        mixed = apply_shift_linear(grad, still, weight.t(), None, None, 0, _ONES[x.ndim - 3], False)
+        grad_x = apply_shift(mixed, offset, ctx.mode, True, window)
+    if wants_weight:
+        moved = apply_shift(x, offset, ctx.mode, False, window)
+        grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), moved.flatten(2))
+    if wants_bias:
+        grad_bias = grad.flatten(2).sum((0, 2))
+    return grad_x, None, grad_weight, grad_bias, grad_residual, None, None, None
+
+
+def _save(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
+    x, offset, weight, _, _, ctx.mode, ctx.stride, ctx.relu = inputs
+    ctx.save_for_backward(x, offset, weight, y if ctx.relu else None)
+
+
+class _ShiftLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _raw(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_backward)  # pyright: ignore[reportAssignmentType]
+
+
+class _TransformedShiftLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _raw(*inputs)
+
+    setup_context = staticmethod(_save)  # pyright: ignore[reportAssignmentType]
+    backward = staticmethod(_backward)  # pyright: ignore[reportAssignmentType]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Fold the mapped axis into the batch; where the map itself differs, one call after the other."""
+        size, dims = info.batch_size, in_dims[:5]
+        x, offset, weight, bias, residual, *rest = inputs
+        if dims[0] is None or any(dim is not None for dim in dims[1:4]):
+            each = [
+                [t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True)]
+                for i in range(size)
+            ]
+            return torch.stack([apply_shift_linear(*arguments) for arguments in each]), 0
+        x = x.movedim(dims[0], 0)
+        if residual is not None:
+            residual = residual.expand(size, *residual.shape) if dims[4] is None else residual.movedim(dims[4], 0)
+            residual = residual.flatten(0, 1)
+        y = apply_shift_linear(x.flatten(0, 1), offset, weight, bias, residual, *rest)
+        return y.unflatten(0, x.shape[:2]), 0
+
+
+def reference(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mode: int,
+    stride: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """Ground truth on every device, in plain torch: shift, then matrix product. Arguments as the raw operator."""
+    wide = torch.float32 if x.itemsize == 2 else x.dtype
+    with torch.no_grad():
+        moved = shift_reference(x, offset, mode, False, geometry(x, None, stride)).to(wide)
+        y = torch.tensordot(weight.to(wide), moved, ([1], [1])).movedim(0, 1)
+        if bias is not None:
+            y = y + bias.to(wide).view(-1, *[1] * (x.ndim - 2))
+        if relu:
+            y = y.relu()
+        if residual is not None:
+            y = y + residual.to(wide)
+        return _fake(x, offset, weight, bias, residual, mode, stride, relu).copy_(y)
+
+
+def _first_call(x: Tensor, *rest: Any) -> Tensor:
+    """Runs where no kernel is registered (yet): pick one for the device of ``x``, then go through it."""
+    return backend.kernel("shift_linear", x.device.type, reference)(x, *rest)
+
+
+def _fake(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Any, residual: Any, mode: int, stride: Any, relu: bool
+) -> Tensor:
+    return torch.empty(_sizes(x, weight, stride), dtype=x.dtype, device=x.device, memory_format=format_of(x))
+
+
+# Both at import, so that tracing (torch.compile, export) meets the fake and never the compilation of a kernel.
+_LIBRARY = torch.library.Library("shiftconv", "FRAGMENT")
+_LIBRARY.define(
+    "shift_linear(Tensor x, Tensor offset, Tensor weight, Tensor? bias, Tensor? residual, int mode, int[] stride, "
+    "bool relu) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("shift_linear", _first_call, "CompositeExplicitAutograd")
+torch.library.register_fake("shiftconv::shift_linear", _fake, lib=_LIBRARY)
+_raw = torch.ops.shiftconv.shift_linear.default
