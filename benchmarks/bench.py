@@ -1,4 +1,4 @@
-"""Time the candidates of one operator on the CPU, interleaved in one run, and append rows to ``results/<op>.csv``.
+"""Time candidates of an operator or network on the CPU, interleaved in one run; append rows to ``results/<op>.csv``.
 
 First every candidate's result is compared with the operator's reference; if one differs, nothing is measured::
 
@@ -117,13 +117,16 @@ def keep_memory() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description="Benchmark an operator on the CPU.")
-    parser.add_argument("op", help="a module of benchmarks/ops")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench", description="Benchmark an operator or a network on the CPU."
+    )
+    parser.add_argument("op", help="a module of benchmarks/ops or benchmarks/networks")
     parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
-    suite = importlib.import_module(f"benchmarks.ops.{arguments.op}")
+    kind = "networks" if Path(__file__).with_name("networks").joinpath(f"{arguments.op}.py").exists() else "ops"
+    suite = importlib.import_module(f"benchmarks.{kind}.{arguments.op}")
     keep_memory()
     for threads in arguments.threads:
         torch.set_num_threads(threads)
