@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from shiftconv.models import create_model
 from shiftconv.recipes import get
 from shiftconv.train.optim import create_optimizer, create_scheduler
 from shiftconv.train.recipe import Optim
@@ -67,3 +68,16 @@ def test_warmup_that_covers_the_whole_run(epochs, warmup_epochs, caplog):
     steps = round(4 * warmup_epochs)
     assert found == pytest.approx([0.8 * min(update, steps) / steps for update in range(4 * epochs)])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_the_offsets_of_learned_shifts_take_no_weight_decay(decay_norms):
+    net = create_model("asresnet20", width=8)
+    optimizer = create_optimizer(net, Optim(lr=0.1, weight_decay=0.5, decay_norms=decay_norms))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len([*net.parameters()])
+    for name, parameter in net.named_parameters():
+        if name.endswith("offset"):
+            assert decay[id(parameter)] == 0
+        elif parameter.ndim > 1 or decay_norms:
+            assert decay[id(parameter)] == 0.5

@@ -7,14 +7,25 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from shiftconv.nn import offset_parameters
 from shiftconv.train.recipe import Optim
 
 
 def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+    """The optimiser of a recipe over the parameters that train; the offsets of learned shifts take no weight decay."""
     # timm's "sgd" means Nesterov's momentum, its "momentum" the plain one; the others ignore the momentum given here.
     name = ("sgd" if optim.nesterov else "momentum") if optim.name == "sgd" else optim.name
+    offsets = {id(offset) for offset in offset_parameters(model)}
+    parameters = model
+    if offsets and optim.decay_norms:  # without it timm asks the model itself what takes no decay
+        trained = [p for p in model.parameters() if p.requires_grad]
+        moved = [p for p in trained if id(p) in offsets]
+        parameters = [
+            {"params": [p for p in trained if id(p) not in offsets]},
+            {"params": moved, "weight_decay": 0.0},
+        ]
     return create_optimizer_v2(
-        model,
+        parameters,
         opt=name,
         lr=optim.lr,
         weight_decay=optim.weight_decay,
