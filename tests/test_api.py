@@ -9,7 +9,7 @@ import shiftconv as sc
 
 PUBLIC = {
     "analysis", "models", "nn", "ops", "recipes", "train",
-    "convert", "count", "create_model", "erf", "list_models", "load_checkpoint", "throughput",
+    "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "throughput",
     "__version__",
 }  # fmt: skip
 OPS = {"active_shift", "shift", "shift_", "shift_linear", "sparse_shift", "PaddingMode"}

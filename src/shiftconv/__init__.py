@@ -14,6 +14,7 @@ from shiftconv._version import __version__
 if TYPE_CHECKING:
     from shiftconv import analysis, models, nn, ops, recipes, train
     from shiftconv.analysis import count, erf, throughput
+    from shiftconv.deploy import export
     from shiftconv.models import create_model, list_models
     from shiftconv.models.convert import convert, load_checkpoint
 
@@ -25,12 +26,13 @@ _HOME = {  # public name: the module that holds it
     "list_models": "models",
     "convert": "models.convert",
     "load_checkpoint": "models.convert",
+    "export": "deploy",
 }
 _ROOMS = ("analysis", "models", "nn", "ops", "recipes", "train")
 
 __all__ = [  # noqa: RUF022  sorted by kind
     "analysis", "models", "nn", "ops", "recipes", "train",
-    "convert", "count", "create_model", "erf", "list_models", "load_checkpoint", "throughput",
+    "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "throughput",
     "__version__",
 ]  # fmt: skip
 
