@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, reparameterize_model
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from shiftconv.models import create_model, list_models
-from shiftconv.models.shiftresnet import DEPTHS, FAMILIES
+from shiftconv.models.shiftresnet import DEPTHS, FAMILIES, CifarNet
 from shiftconv.models.shiftresnet_blocks import DepthwiseBlock, ShiftBlock
 
 SMALL = [f"{family}20" for family in FAMILIES]
@@ -281,3 +281,39 @@ def test_bad_name_type():
 def test_bad_images(shape):
     with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\], got \["):
         create_model("shiftresnet20")(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("project", [False, True])
+def test_reparameterized_networks_give_the_same_outputs(family, project):
+    arguments = {"project_shortcuts": True} if project and family != "mobileresnet" else {}
+    net = settle(create_model(f"{family}20", **arguments))
+    x = torch.randn(2, 3, 20, 20)
+    expected = net(x)
+    assert isinstance(net, CifarNet)
+    net.reparameterize()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+    net.reparameterize()  # a second time changes nothing
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_timm_reparameterizes_a_copy():
+    net = settle(create_model("shiftresnet20", expansion=2))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(reparameterize_model(net)(x), net(x), rtol=1e-4, atol=1e-4)
+    assert "layer1.0.bn2.weight" in net.state_dict()
+
+
+def settle(net: nn.Module) -> nn.Module:
+    """A network with statistics and weights that fold into something, in evaluation mode."""
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    assert tensor is not None
+                    tensor.uniform_(0.5, 1.5)
+                for tensor in (module.bias, module.running_mean):
+                    assert tensor is not None
+                    tensor.normal_(0, 0.2)
+    return net.eval()
