@@ -40,6 +40,7 @@ from shiftconv.ops.sampling import (
 from shiftconv.ops.shift import apply_shift, fold_mapped_axis, shift
 
 LIMIT = 2.0**31  # pixels; offsets stay below it
+_INTERPOLATED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NOT_FINITE = "offset must be finite"  # how a kernel begins when it refuses an offset
 
 
@@ -130,12 +131,12 @@ def _learned_shift(
     ):
         mode = check_map(op, x, offset, padding_mode)
     window = PLAIN if crop is None and stride == 1 else geometry(x, crop, stride)
-    if not x.is_floating_point():
+    if offset.dtype not in (torch.float32, torch.float64):
+        offset = offset.float()  # kernels read the two; nothing is lost
+    if x.dtype not in _INTERPOLATED:
         if not rounded:
             raise TypeError(f"{op} interpolates, so it takes floating point x, got {x.dtype}")
         return shift(x, round_offset(offset), cast("PaddingMode", padding_mode), crop, stride)
-    if offset.dtype not in (torch.float32, torch.float64):
-        offset = offset.float()  # kernels read the two; nothing is lost
     return _apply(x, offset, Rule(mode, rounded, window), 0, False)
 
 
@@ -240,7 +241,7 @@ def round_offset(offset: Tensor) -> Tensor:
         ValueError: on the CPU, an offset that is not finite or not below 2**31 either way.
     """
     try:
-        return _raw_round(offset.detach())
+        return _raw_round(offset.detach().to(torch.promote_types(offset.dtype, torch.float32)))
     except RuntimeError as error:
         raise _explained(error) from None
 
@@ -283,10 +284,12 @@ def reference(
             index, inside = source(axis, -cell.to(torch.int64) - tap, mode)
             index = along(index, x, i).expand([*y.shape[: 2 + i], axis.length, *y.shape[3 + i :]])
             weight = along((weight[:, None] * inside).to(y.dtype), x, i)
+            value = (y if transpose else y.gather(2 + i, index)) * weight
+            value = value.masked_fill(weight == 0, 0)  # also of what is not finite
             if transpose:
-                total.scatter_add_(2 + i, index, y * weight)
+                total.scatter_add_(2 + i, index, value)
             else:
-                total += y.gather(2 + i, index) * weight
+                total += value
         y = total
     return result.copy_(y)
 
@@ -319,6 +322,8 @@ def _first_call(
     x: Tensor, offset: Tensor, mode: int, rounded: bool, derivative: int, transpose: bool, window: Sequence[int] = PLAIN
 ) -> Tensor:
     """Runs where no kernel is registered (yet): pick one for the device of ``x``, then go through it."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"a learned shift takes dense tensors, got one of layout {x.layout}")
     run = backend.kernel("active_shift", x.device.type, reference)
     return run(x, offset, mode, rounded, derivative, transpose, window)
 
@@ -356,12 +361,12 @@ _LIBRARY = torch.library.Library("shiftconv", "FRAGMENT")
 for _schema, _composite, _meta in (
     (
         "active_shift(Tensor x, Tensor offset, int mode, bool rounded, int derivative, bool transpose, "
-        "int[] geometry=[]) -> Tensor",
+        "SymInt[] geometry=[]) -> Tensor",
         _first_call,
         _fake,
     ),
     (
-        "active_shift_backward(Tensor grad, Tensor x, Tensor offset, int mode, bool rounded, int[] geometry=[]) "
+        "active_shift_backward(Tensor grad, Tensor x, Tensor offset, int mode, bool rounded, SymInt[] geometry=[]) "
         "-> (Tensor, Tensor)",
         _first_call_backward,
         _fake_backward,

@@ -52,14 +52,16 @@ def geometry(x: Tensor, crop: Crop | None, stride: int | Sequence[int]) -> tuple
     if crop is None and stride == 1:
         return PLAIN
     ndim = x.ndim - 2
-    strides = [stride] * ndim if isinstance(stride, int) else [*stride]
-    crops = [(0, 0)] * ndim if crop is None else [tuple(pair) for pair in crop]
+    strides = [*stride] if isinstance(stride, Sequence) else [stride] * ndim
+    crops = [(0, 0)] * ndim if crop is None else crop
+    if not isinstance(crops, Sequence) or not all(isinstance(pair, Sequence) for pair in crops):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"crop must be pairs of whole numbers, one per spatial axis, got {crop}")
     if len(strides) != ndim or len(crops) != ndim or any(len(pair) != 2 for pair in crops):
         raise ValueError(f"x {[*x.shape]} takes {ndim} strides and {ndim} pairs of crops, got {stride} and {crop}")
     numbers: list[int] = []
     for size, (low, high), step in zip(x.shape[2:], crops, strides, strict=True):
-        if not all(isinstance(number, int) for number in (low, high, step)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"stride and crop must be whole numbers, got {stride} and {crop}")
+        if not all(isinstance(number, int | torch.SymInt) for number in (low, high, step)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"stride and crop must be of whole numbers, got {stride} and {crop}")
         if step < 1:
             raise ValueError(f"stride must be at least 1, got {stride}")
         extent = size - low - high

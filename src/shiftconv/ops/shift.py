@@ -103,16 +103,24 @@ def shift_(x: Tensor, offset: Tensor, padding_mode: PaddingMode = "zeros") -> Te
         ``x``.
 
     Raises:
-        TypeError: as :func:`shift`.
+        TypeError: as :func:`shift`, or ``x`` is quantised.
         ValueError: as :func:`shift`, or more offsets than channels.
         RuntimeError: ``x`` takes part in automatic differentiation.
     """
-    if offset.shape[0] > x.shape[1]:
-        raise ValueError(f"offset must be [K, D] with K <= {x.shape[1]} channels of x, got {[*offset.shape]}")
+    if not (isinstance(x, Tensor) and isinstance(offset, Tensor)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        came = f"{type(x).__name__} and {type(offset).__name__}"
+        raise TypeError(f"shift_ takes two tensors, x [N, C, *S] and offset [K, D], got {came}")
+    if x.is_quantized:
+        raise TypeError(f"shift_ takes plain tensors, got {x.dtype}; shift takes quantised ones")
+    if x.ndim < 2 or offset.ndim != 2 or offset.shape[0] > x.shape[1]:
+        came = f"{[*offset.shape]} for x {[*x.shape]}"
+        raise ValueError(f"offset must be [K, D] with K <= C channels of x [N, C, *S], got {came}")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("shift_ works in place and has no gradient; use shift, or torch.no_grad()")
     mode, offset = _check(x[:, : offset.shape[0]], offset, padding_mode)
     _raw_in_place(x, offset, mode)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(x)  # as torch's own operators in place do
     return x
 
 
@@ -240,6 +248,8 @@ def _gatherable(x: Tensor, transpose: bool) -> Tensor:
 
 def _first_call(x: Tensor, offset: Tensor, mode: int, transpose: bool, window: Sequence[int] = PLAIN) -> Tensor:
     """Runs where no kernel is registered (yet): pick one for the device of ``x``, then go through it."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"shift takes dense tensors, got one of layout {x.layout}")
     return backend.kernel("shift", x.device.type, reference)(x, offset, mode, transpose, window)
 
 
@@ -264,7 +274,7 @@ def _fake_in_place(x: Tensor, offset: Tensor, padding: int) -> None:
 # All at import, so that tracing (torch.compile, export) meets the fakes and never the compilation of a kernel.
 _LIBRARY = torch.library.Library("shiftconv", "FRAGMENT")
 _LIBRARY.define(
-    "shift(Tensor x, Tensor offset, int mode, bool transpose, int[] geometry=[]) -> Tensor",
+    "shift(Tensor x, Tensor offset, int mode, bool transpose, SymInt[] geometry=[]) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # "mode" is a word that torch's functionalisation of operators in place takes for itself.

@@ -10,10 +10,10 @@ The raw operator, whose kernels compute exactly this, sums 16-bit types in float
     shiftconv::shift_linear(Tensor x, Tensor offset, Tensor weight, Tensor? bias, Tensor? residual,
                             int mode, int[] stride, bool relu) -> Tensor
 
-``x`` is ``[N, C, *S]`` of any strides, ``offset`` int64 ``[C, D]``, ``weight`` ``[O, C]``, ``bias`` ``[O]``, ``residual``
-``[N, O, *S']`` of any strides with ``S' = ceil(S / stride)``, ``mode`` from :data:`shiftconv.ops.sampling.MODES`,
-``stride`` one number per spatial axis. All floating tensors have one dtype. The result is dense in the memory format of
-``x``.
+``x`` is ``[N, C, *S]``, ``offset`` int64 ``[C, D]``, ``weight`` ``[O, C]``, ``bias`` ``[O]``, ``residual``
+``[N, O, *S']`` with ``S' = ceil(S / stride)``, all of any strides and the floating ones of one dtype; ``mode`` is from
+:data:`shiftconv.ops.sampling.MODES`, ``stride`` has one number per spatial axis. The result is dense in the memory
+format of ``x``.
 
 Source: Wu et al., "Shift", CVPR 2018, arXiv:1711.08141, sections 3 and 4.1 (its block ends in relu, then the sum).
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shiftconv.names import unknown
 from shiftconv.ops import backend
-from shiftconv.ops.sampling import MODES, PLAIN, PaddingMode, check_map, format_of, geometry
+from shiftconv.ops.sampling import MODES, PLAIN, ZEROS, PaddingMode, check_map, format_of, geometry
 from shiftconv.ops.shift import apply_shift
 from shiftconv.ops.shift import reference as shift_reference
 
@@ -159,25 +159,54 @@ def apply_shift_linear(
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients to x, weight, bias and residual, by differentiable steps; the shifted map is made anew."""
+    """Gradients to x, weight, bias and residual; the shifted map is made anew."""
     x, offset, weight, y = ctx.saved_tensors
     wants_x, _, wants_weight, wants_bias, wants_residual, *_ = ctx.needs_input_grad
     grad = grad.contiguous(memory_format=format_of(x))  # sum() sends expanded ones
     grad_residual = grad if wants_residual else None
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    window = PLAIN if all(step == 1 for step in ctx.stride) else geometry(x, None, ctx.stride)
+    fused = _has_gradient_kernels(x)
     grad_x = grad_weight = grad_bias = None
     if wants_x:
-        still = offset.new_zeros((weight.shape[0], x.ndim - 2))
-        mixed = apply_shift_linear(grad, still, weight.t(), None, None, 0, _ONES[x.ndim - 3], False)
-        grad_x = apply_shift(mixed, offset, ctx.mode, True, window)
+        grad_x = _gradient_to_x(grad, x, offset, weight, ctx.mode, ctx.stride, fused)
+    if fused and (wants_weight or wants_bias):
+        grad_weight, grad_bias = _raw_weight(grad, x, offset, ctx.mode, ctx.stride)
+        return grad_x, None, grad_weight, grad_bias if wants_bias else None, grad_residual, None, None, None
     if wants_weight:
-        moved = apply_shift(x, offset, ctx.mode, False, window)
+        moved = apply_shift(x, offset, ctx.mode, False, _window(x, ctx.stride))
         grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), moved.flatten(2))
     if wants_bias:
         grad_bias = grad.flatten(2).sum((0, 2))
     return grad_x, None, grad_weight, grad_bias, grad_residual, None, None, None
+
+
+def _gradient_to_x(
+    grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mode: int, stride: Sequence[int], fused: bool
+) -> Tensor:
+    """S' (W' grad), in one step where a kernel has it."""
+    plain = all(step == 1 for step in stride)
+    if fused and plain and mode == ZEROS:
+        return _raw_input(grad, offset, weight)
+    still = offset.new_zeros((weight.shape[0], x.ndim - 2))
+    mixed = apply_shift_linear(grad, still, weight.t(), None, None, ZEROS, _ONES[x.ndim - 3], False)
+    return apply_shift(mixed, offset, mode, True, _window(x, stride))
+
+
+def _window(x: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+    return PLAIN if all(step == 1 for step in stride) else geometry(x, None, stride)
+
+
+def _has_gradient_kernels(x: Tensor) -> bool:
+    """Whether the kernels for gradients of the first order take ``x``: what is differentiated again takes other steps."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 def _save(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
@@ -236,7 +265,7 @@ def reference(
     wide = torch.float32 if x.itemsize == 2 else x.dtype
     with torch.no_grad():
         moved = shift_reference(x, offset, mode, False, geometry(x, None, stride)).to(wide)
-        y = torch.tensordot(weight.to(wide), moved, ([1], [1])).movedim(0, 1)
+        y = torch.tensordot(weight.to(wide), moved, dims=([1], [1])).movedim(0, 1)
         if bias is not None:
             y = y + bias.to(wide).view(-1, *[1] * (x.ndim - 2))
         if relu:
@@ -246,9 +275,38 @@ def reference(
         return _fake(x, offset, weight, bias, residual, mode, stride, relu).copy_(y)
 
 
+def input_reference(grad: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    """S' (W' grad) for padding with zeros and no stride, in plain torch: ``[N, C, *S]`` for ``[N, O, *S]``."""
+    with torch.no_grad():
+        wide = torch.float32 if grad.itemsize == 2 else grad.dtype
+        mixed = torch.tensordot(weight.to(wide), grad.to(wide), dims=([0], [1])).movedim(0, 1).contiguous()
+        return shift_reference(mixed, offset, ZEROS, True).to(grad.dtype)
+
+
+def weight_reference(
+    grad: Tensor, x: Tensor, offset: Tensor, mode: int, stride: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the weight, ``[O, C]``, and to the bias, ``[O]``, in plain torch."""
+    with torch.no_grad():
+        wide = torch.float32 if x.itemsize == 2 else x.dtype
+        moved = shift_reference(x, offset, mode, False, _window(x, stride)).to(wide).flatten(2)
+        rows = grad.to(wide).flatten(2)
+        return torch.einsum("nop,ncp->oc", rows, moved).to(x.dtype), rows.sum((0, 2)).to(x.dtype)
+
+
 def _first_call(x: Tensor, *rest: Any) -> Tensor:
     """Runs where no kernel is registered (yet): pick one for the device of ``x``, then go through it."""
     return backend.kernel("shift_linear", x.device.type, reference)(x, *rest)
+
+
+def _first_input(grad: Tensor, *rest: Any) -> Tensor:
+    run = backend.kernel("shift_linear_backward", grad.device.type, input_reference, "shift_linear_input")
+    return run(grad, *rest)
+
+
+def _first_weight(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    run = backend.kernel("shift_linear_backward", grad.device.type, weight_reference, "shift_linear_weight")
+    return run(grad, *rest)
 
 
 def _fake(
@@ -257,13 +315,35 @@ def _fake(
     return torch.empty(_sizes(x, weight, stride), dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
-# Both at import, so that tracing (torch.compile, export) meets the fake and never the compilation of a kernel.
+def _fake_input(grad: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1], *grad.shape[2:]))
+
+
+def _fake_weight(grad: Tensor, x: Tensor, offset: Tensor, mode: int, stride: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((grad.shape[1], x.shape[1])), x.new_empty(grad.shape[1])
+
+
+# All at import, so that tracing (torch.compile, export) meets the fakes and never the compilation of a kernel.
 _LIBRARY = torch.library.Library("shiftconv", "FRAGMENT")
-_LIBRARY.define(
-    "shift_linear(Tensor x, Tensor offset, Tensor weight, Tensor? bias, Tensor? residual, int mode, int[] stride, "
-    "bool relu) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.impl("shift_linear", _first_call, "CompositeExplicitAutograd")
-torch.library.register_fake("shiftconv::shift_linear", _fake, lib=_LIBRARY)
+for _name, _schema, _implementation, _abstract in (
+    (
+        "shift_linear",
+        "(Tensor x, Tensor offset, Tensor weight, Tensor? bias, Tensor? residual, int mode, int[] stride, bool relu) "
+        "-> Tensor",
+        _first_call,
+        _fake,
+    ),
+    ("shift_linear_input", "(Tensor grad, Tensor offset, Tensor weight) -> Tensor", _first_input, _fake_input),
+    (
+        "shift_linear_weight",
+        "(Tensor grad, Tensor x, Tensor offset, int mode, int[] stride) -> (Tensor, Tensor)",
+        _first_weight,
+        _fake_weight,
+    ),
+):
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shiftconv::{_name}", _abstract, lib=_LIBRARY)
 _raw = torch.ops.shiftconv.shift_linear.default
+_raw_input = torch.ops.shiftconv.shift_linear_input.default
+_raw_weight = torch.ops.shiftconv.shift_linear_weight.default

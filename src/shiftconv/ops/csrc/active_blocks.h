@@ -27,16 +27,21 @@ inline void swap_parts(Vector<W>& a, Vector<W>& b) {
   b = second;
 }
 
-template <class W, int half = lanes<W> / 2>
-inline void transpose_square(Vector<W>* row) {
+template <class W, int half>
+[[gnu::always_inline]] inline void swap_all(Vector<W>* row) {
 #pragma GCC unroll 16
   for (int i = 0; i < lanes<W>; ++i)
     if (!(i & half)) swap_parts<W, half>(row[i], row[i + half]);
-  if constexpr (half > 1) transpose_square<W, half / 2>(row);
+  if constexpr (half > 1) swap_all<W, half / 2>(row);
+}
+
+template <class W>
+[[gnu::noinline]] void transpose_square(Vector<W>* row) {
+  swap_all<W, lanes<W> / 2>(row);
 }
 #else
 template <class W>
-inline void transpose_square(Vector<W>* row) {
+void transpose_square(Vector<W>* row) {
   W all[lanes<W>][lanes<W>];
   std::memcpy(all, row, sizeof(all));
   for (int64_t i = 0; i < lanes<W>; ++i)
@@ -55,7 +60,7 @@ class Planes {
 
   // From `channels` <= lanes channels of an image; pixels are `pixel` elements apart.
   template <class T>
-  void gather(const T* image, int64_t pixel, int64_t channels) {
+  [[gnu::noinline]] void gather(const T* image, int64_t pixel, int64_t channels) {
     for (int64_t p = 0; p < volume_; p += lanes<W>) {
       Vector<W> row[lanes<W>] = {};
       const int64_t count = std::min(volume_ - p, lanes<W>);
@@ -75,7 +80,7 @@ class Planes {
   }
 
   template <class T>
-  void scatter(T* image, int64_t pixel, int64_t channels) {
+  [[gnu::noinline]] void scatter(T* image, int64_t pixel, int64_t channels) {
     for (int64_t p = 0; p < volume_; p += lanes<W>) {
       Vector<W> row[lanes<W>];
       for (int64_t c = 0; c < lanes<W>; ++c) row[c] = load<W>((*this)[c] + p);

@@ -21,7 +21,7 @@ struct Sampling {
 };
 
 // The pixel that an axis, extended without end by its padding, has at `at`; -1 for none.
-inline int64_t fold(int64_t at, int64_t size, Padding padding) {
+[[gnu::noinline]] inline int64_t fold(int64_t at, int64_t size, Padding padding) {
   if (0 <= at && at < size) return at;
   if (padding == Padding::zeros) return -1;
   if (padding == Padding::replicate) return at < 0 ? 0 : size - 1;

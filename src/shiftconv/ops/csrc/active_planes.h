@@ -97,7 +97,7 @@ class ActivePlane {
       std::memset(to, 0, area * sizeof(W));
       return;
     }
-    blend<W>(to, area, source.data(), count, column_.data(), w_->taps(), map_.w.columns(channel_), care);
+    blend<W>(to, area, source.data(), count, column_.data(), map_.w.columns(channel_), care);
   }
 
   // The columns of a row that fold; the row itself reads adjacent ones.
@@ -129,7 +129,7 @@ class ActivePlane {
     const int64_t begin = w_->begin, count = w_->end - begin;
     if (w_->step() == 1 && count > 0) {
       const Source<W> source{sum + begin + w_->delta(), 0, count + w_->taps() - 1, 1};
-      blend<W>(to + begin, count, &source, 1, column_.data(), w_->taps(), Columns<W>::all(), {false, false});
+      blend<W>(to + begin, count, &source, 1, column_.data(), Columns<W>::all(w_->taps()), {false, false});
     } else {
       for (int64_t w = begin; w < w_->end; ++w) to[w] = columns_at(sum, w);
     }

@@ -9,19 +9,25 @@
 
 namespace shiftconv {
 
-// Which lanes of a vector read at all: by tap of the columns, and of the rows. Packs have one for each of their vectors.
-struct Masks {
-  std::array<uint16_t, 2> column, row;
-};
+// The bits of either row that a pack keeps near the upper and lower edge of a plane.
+template <class T>
+using Edge = std::array<BitPack<T>, 2>;
 
 // Lane i of a plane reads i + distance, for each of two rows, and the number after it.
 template <class T>
 struct Program {
-  std::array<int64_t, 2> distance;
-  int64_t begin, end;        // packs that read both rows throughout
-  std::vector<Masks> masks;  // of one more pack than there are
-  // In those packs, where masks would be slow: the columns by tap, packs repeating. An empty one keeps everything.
-  std::array<std::vector<BitPack<T>>, 2> columns{};
+  std::array<int64_t, 2> distance{};
+  std::vector<Edge<T>> edges;  // of the packs that do not read both rows throughout, and of one more than there are
+  std::array<std::vector<BitPack<T>>, 2> columns{};  // what they keep, by tap; packs repeat
+};
+
+// Of planes that run programs: packs [begin, end) read both rows throughout, in all programs.
+template <class T>
+struct ProgramShape {
+  int64_t area, packs, begin, end;
+  BitPack<T> inside;  // of the last pack that lies in the plane
+
+  bool whole(int64_t pack) const { return begin <= pack && pack < end; }
 };
 
 // What one channel runs.
@@ -31,249 +37,249 @@ struct Step {
   std::array<Wide<T>, 2> row, column;
 };
 
+// Not for float64, whose speed is not worth the time to compile them.
+template <class T>
+constexpr bool has_programs = !std::is_same_v<T, double>;
+
 template <class T>
 class Programs {
   using W = Wide<T>;
+  static constexpr int64_t size = pack_size<T>;
 
  public:
   Programs(const ActiveMap<W>& map, int64_t images) {
     const int64_t kinds = map.h.distinct() * map.w.distinct();
-    if (!map.plain || !map.zeros || map.ndim != 2 || 2 * kinds > images * map.channels) return;
-    area_ = map.h[0].count * map.w[0].count;
-    const int64_t packs = (area_ + pack_size<T> - 1) / pack_size<T>;
-    if (packs * kinds * phases<T> > most_masks) return;
+    if (!has_programs<T> || !map.plain || !map.zeros || map.ndim != 2 || 2 * kinds > images * map.channels) return;
+    shape_.area = map.h[0].count * map.w[0].count;
+    shape_.packs = (shape_.area + size - 1) / size;
+    if (shape_.packs > most_packs) return;
     programs_.resize(kinds);
-    int64_t low = 0, high = 0;  // how far from its own place a plane loads
+    steps_.reserve(map.channels);
     for (int64_t c = 0; c < map.channels; ++c) {
       const AxisPlan &h = map.h[c], &w = map.w[c];
       Program<T>& program = programs_[map.h.which(c) * map.w.distinct() + map.w.which(c)];
-      if (program.masks.empty()) {
-        build(program, h, w, packs);
-        low = std::min({low, program.distance[0], program.distance[1]});
-        high = std::max({high, program.distance[0], program.distance[1]});
-      }
+      if (program.edges.empty()) start(program, h, w);
+      // A single row counts as two halves of it.
       const std::array<W, 2>&row = map.h.weights(c), &column = map.w.weights(c);
-      steps_.push_back({&program, {row[h.tap(0)], row[h.tap(h.taps() - 1)]},
+      const bool two = h.taps() == 2;
+      steps_.push_back({&program, {two ? row[h.tap(0)] : row[0] / 2, two ? row[h.tap(1)] : row[0] / 2},
                         {column[w.tap(0)], column[w.tap(w.taps() - 1)]}});
-      single_ = single_ && h.taps() == 1 && w.taps() == 1;
+      single_ = single_ && !two && w.taps() == 1;
     }
-    const auto up = [&](int64_t elements) { return (elements + area_ - 1) / area_; };
-    first_ = up(-low);
-    last_ = images * map.channels - up(high + (packs + 1) * pack_size<T>) + 1;
+    finish(images * map.channels);
   }
 
-  const Step<T>& step(int64_t channel) const { return steps_[channel]; }
+  const ProgramShape<T>& shape() const { return shape_; }
+  const Step<T>* step(int64_t channel) const { return &steps_[channel]; }
   // Whether no channel has more than one tap.
   bool single() const { return single_; }
-
-  int64_t area() const { return area_; }
-  // Whether all that is loaded for a plane lies in the tensor.
-  bool suits(int64_t plane) const { return first_ <= plane && plane < last_; }
+  // Whether all that is loaded for a plane lies in the tensor, and how many planes from there on are alike.
+  int64_t suitable(int64_t plane) const { return first_ <= plane ? std::max<int64_t>(last_ - plane, 0) : 0; }
 
  private:
-  static constexpr int64_t most_masks = 32768;
+  static constexpr int64_t most_packs = 1 << 16;
 
-  static void build(Program<T>& program, const AxisPlan& h, const AxisPlan& w, int64_t packs) {
-    const int64_t area = h.count * w.count;
-    const auto row = [&](int64_t i, int b) { return 0 <= i + program.distance[b] && i + program.distance[b] < area; };
-    for (int b = 0; b < 2; ++b)
+  static void fill(BitPack<T>& bits, int64_t begin, int64_t end) {
+    for (int64_t i = std::max<int64_t>(begin, 0); i < std::min(end, size); ++i)
+      bits[i % phases<T>][i / phases<T>] = -1;
+  }
+
+  void start(Program<T>& program, const AxisPlan& h, const AxisPlan& w) {
+    for (int b = 0; b < 2; ++b) {
       program.distance[b] = (h.delta() + std::min(b, h.taps() - 1)) * w.count + w.delta();
-    program.masks.resize((packs + 1) * phases<T>);
-    int64_t column = 0;
-    for (int64_t i = 0; i < (packs + 1) * pack_size<T>; ++i, column = column + 1 < w.count ? column + 1 : 0) {
-      Masks& masks = program.masks[i / pack_size<T> * phases<T> + i % phases<T>];
-      const auto bit = static_cast<uint16_t>(1u << i % pack_size<T> / phases<T>);
-      for (int b = 0; b < h.taps(); ++b)
-        if (row(i, b)) masks.row[b] |= bit;
-      for (int b = 0; b < w.taps(); ++b) {
-        const int64_t at = column + w.delta() + b;
-        if (i < area && 0 <= at && at < w.count && (h.taps() + w.taps() > 2 || row(i, 0))) masks.column[b] |= bit;
+      program.columns[b] = column_bits<T>(w, b, shape_.packs);
+      low_ = std::min(low_, program.distance[b]);
+      high_ = std::max(high_, program.distance[b]);
+    }
+    program.edges.resize(1);
+  }
+
+  void finish(int64_t planes) {
+    shape_.begin = std::min((size - 1 - low_) / size, shape_.packs);
+    shape_.end = std::clamp((shape_.area - high_) / size, shape_.begin, shape_.packs);
+    fill(shape_.inside, 0, shape_.area - (shape_.packs - 1) * size);
+    for (Program<T>& program : programs_) {
+      if (program.edges.empty()) continue;
+      program.edges.clear();
+      for (int64_t k = 0; k <= shape_.packs; ++k) {
+        if (shape_.whole(k)) continue;
+        program.edges.push_back({});
+        for (int b = 0; b < 2; ++b) {
+          const int64_t at = k * size + program.distance[b];
+          fill(program.edges.back()[b], -at, shape_.area - at);
+        }
       }
     }
-    for (int b = 0; b < 2; ++b)
-      if (w.delta() + b != 0 || b >= w.taps()) program.columns[b] = column_bits<T>(w, b, packs);
-    const auto up = [](int64_t i) { return (i + pack_size<T> - 1) / pack_size<T>; };
-    const auto [near, far] = std::minmax(program.distance[0], program.distance[1]);
-    program.begin = h.taps() == 2 ? std::clamp<int64_t>(up(-near), 0, packs + 1) : 0;
-    program.end = h.taps() == 2 ? std::clamp((area - far) / pack_size<T>, program.begin, packs + 1) : 0;
+    const auto up = [&](int64_t elements) { return (elements + shape_.area - 1) / shape_.area; };
+    first_ = up(-low_);
+    last_ = planes - up(high_ + (shape_.packs + 1) * size) + 1;
   }
 
   std::vector<Program<T>> programs_;
   std::vector<Step<T>> steps_;
   bool single_ = true;
-  int64_t area_ = 0, first_ = 0, last_ = 0;
+  ProgramShape<T> shape_{};
+  int64_t low_ = 0, high_ = 0;  // how far from its own place a plane loads
+  int64_t first_ = 0, last_ = 0;
 };
 
-// Calls body(k, whole) for 0 <= k < count, `whole` being true_type where begin <= k < end.
-template <class Body>
-[[gnu::always_inline]] inline void parts(int64_t count, int64_t begin, int64_t end, const Body& body) {
-  int64_t k = 0;
-  while (k < count) {
-    for (; begin <= k && k < std::min(end, count); ++k) body(k, std::true_type{});
-    if (k < count) body(k++, std::false_type{});
-  }
-}
-
-// The columns of a program from a pack on.
+// Bits of the columns, pack after pack.
 template <class T>
 class ColumnWalk {
  public:
-  ColumnWalk(const std::vector<BitPack<T>>& columns, int64_t pack)
-      : begin_(columns.data()), end_(begin_ + columns.size()), at_(begin_) {
-    if (!columns.empty()) at_ += std::max<int64_t>(pack, 0) % columns.size();
-  }
+  explicit ColumnWalk(const Program<T>& program)
+      : left_(program.columns[0].data()),
+        right_(program.columns[1].data()),
+        count_(static_cast<int64_t>(program.columns[0].size())) {}
 
-  Vector<Wide<T>> keep(int f, Vector<Wide<T>> v) const { return keep_bits<Wide<T>>((*at_)[f], v); }
-  void advance() { at_ = at_ + 1 == end_ ? begin_ : at_ + 1; }
+  Vector<Wide<T>> left(int f, Vector<Wide<T>> v) const { return keep_bits<Wide<T>>(left_[at_][f], v); }
+  Vector<Wide<T>> right(int f, Vector<Wide<T>> v) const { return keep_bits<Wide<T>>(right_[at_][f], v); }
+  void advance() { at_ = at_ + 1 < count_ ? at_ + 1 : 0; }
 
  private:
-  const BitPack<T>*begin_, *end_, *at_;
+  const BitPack<T>*left_, *right_;
+  int64_t count_, at_ = 0;
 };
 
-// One plane. `left`, `right`: whether some columns of the first and second tap lie outside. The last pack is written
-// whole, over what follows.
-template <class T, bool left, bool right>
-void run_step(T* to, const T* from, int64_t packs, const Step<T>& step) {
+// Calls body(k, edge) for all packs; `edge` is that of pack k + 1, or null if that one reads both rows throughout.
+template <class T, class Body>
+[[gnu::always_inline]] inline void walk_packs(const ProgramShape<T>& shape, const Edge<T>* edge, const Body& body) {
+  const int64_t packs = shape.packs, begin = shape.begin - 1, end = shape.end - 1;
+  edge += !shape.whole(0);
+  for (int64_t k = 0; k < packs;) {
+    for (; begin <= k && k < end; ++k) body(k, nullptr);
+    if (k < packs) body(k++, edge++);
+  }
+}
+
+// `planes` adjacent planes. The last pack of each is written whole, over what follows.
+template <class T>
+void run_steps(T* to, const T* from, int64_t planes, const Step<T>* step, const ProgramShape<T>& of_all) {
   using W = Wide<T>;
   using V = Vector<W>;
   constexpr int64_t size = pack_size<T>;
-  const Program<T>& p = *step.program;
-  const Masks* const masks = p.masks.data();
-  const T *const first = from + p.distance[0], *const second = from + p.distance[1];
-  const V w0 = splat<W>(step.row[0]), w1 = splat<W>(step.row[1]);
-  const V u0 = splat<W>(step.column[0]), u1 = splat<W>(step.column[1]);
-  ColumnWalk<T> lefts(p.columns[0], p.begin - 1), rights(p.columns[1], p.begin - 1);
-  const auto rows = [&](int64_t k, auto whole) __attribute__((always_inline)) {
-    Pack<T> a = load_pack<T>(first + k * size);
-    const Pack<T> b = load_pack<T>(second + k * size);
-#pragma GCC unroll 2
-    for (int f = 0; f < phases<T>; ++f) {
-      const auto& row = masks[k * phases<T> + f].row;
-      if (whole)
+  const ProgramShape<T> shape = of_all;  // a store could change what is not local
+  for (; planes > 0; --planes, ++step, to += shape.area, from += shape.area) {
+    const Program<T>& p = *step->program;
+    const T *const first = from + p.distance[0], *const second = from + p.distance[1];
+    const V w0 = splat<W>(step->row[0]), w1 = splat<W>(step->row[1]);
+    const V u0 = splat<W>(step->column[0]), u1 = splat<W>(step->column[1]);
+    ColumnWalk<T> columns(p);
+    const auto rows = [&](int64_t k, auto edge) __attribute__((always_inline)) {
+      Pack<T> a = load_pack<T>(first + k * size), b = load_pack<T>(second + k * size);
+      each_phase<T>([&](auto f) __attribute__((always_inline)) {
+        if constexpr (!std::is_null_pointer_v<decltype(edge)>) {
+          a[f] = keep_bits<W>((*edge)[0][f], a[f]);
+          b[f] = keep_bits<W>((*edge)[1][f], b[f]);
+        }
         a[f] = fma<W>(w1, b[f], w0 * a[f]);
-      else
-        a[f] = fma<W>(mask_of<W>(row[1]), w1, b[f], keep<W>(mask_of<W>(row[0]), w0 * a[f]));
-    }
-    return a;
-  };
-  Pack<T> low = rows(0, std::false_type{});
-  parts(packs, p.begin - 1, p.end - 1, [&](int64_t k, auto whole) __attribute__((always_inline)) {
-    prefetch(second + k * size);
-    prefetch(to + k * size);
-    const Pack<T> high = rows(k + 1, whole), next = next_pack<T>(low, high);
-    Pack<T> y;
-#pragma GCC unroll 2
-    for (int f = 0; f < phases<T>; ++f) {
-      const auto& column = masks[k * phases<T> + f].column;
-      if (whole)
-        y[f] = fma<W>(u1, right ? rights.keep(f, next[f]) : next[f],
-                      u0 * (left ? lefts.keep(f, low[f]) : low[f]));
-      else
-        y[f] = fma<W>(mask_of<W>(column[1]), u1, next[f], keep<W>(mask_of<W>(column[0]), u0 * low[f]));
-    }
-    if (whole && left) lefts.advance();
-    if (whole && right) rights.advance();
-    store_pack<T>(to + k * size, y);
-    low = high;
-  });
+      });
+      return a;
+    };
+    Pack<T> low = shape.whole(0) ? rows(0, nullptr) : rows(0, p.edges.data());
+    walk_packs<T>(shape, p.edges.data(), [&](int64_t k, auto edge) __attribute__((always_inline)) {
+      prefetch(second + k * size);
+      prefetch(to + k * size);
+      const Pack<T> high = rows(k + 1, edge), next = next_pack<T>(low, high);
+      Pack<T> y;
+      each_phase<T>([&](auto f) __attribute__((always_inline)) {
+        y[f] = fma<W>(u1, columns.right(f, next[f]), u0 * columns.left(f, low[f]));
+      });
+      columns.advance();
+      store_pack<T>(to + k * size, y);
+      low = high;
+    });
+  }
 }
 
 // The same where no channel has more than one tap, whose weight is one.
 template <class T>
-void move_step(T* to, const T* from, int64_t packs, const Step<T>& step) {
-  using W = Wide<T>;
+void move_steps(T* to, const T* from, int64_t planes, const Step<T>* step, const ProgramShape<T>& of_all) {
   constexpr int64_t size = pack_size<T>;
-  const Program<T>& p = *step.program;
-  const Masks* mask = p.masks.data();
-  const T* const source = from + p.distance[0];
-  for (int64_t k = 0; k < packs; ++k) {
-    prefetch(source + k * size);
-    prefetch(to + k * size);
-    Pack<T> v = load_pack<T>(source + k * size);
-#pragma GCC unroll 2
-    for (int f = 0; f < phases<T>; ++f) v[f] = keep<W>(mask_of<W>((mask++)->column[0]), v[f]);
-    store_pack<T>(to + k * size, v);
+  const ProgramShape<T> shape = of_all;
+  for (; planes > 0; --planes, ++step, to += shape.area, from += shape.area) {
+    const Program<T>& p = *step->program;
+    const T* const source = from + p.distance[0];
+    ColumnWalk<T> columns(p);
+    const Edge<T>* edge = p.edges.data();
+    for (int64_t k = 0; k < shape.packs; ++k) {
+      prefetch(source + k * size);
+      prefetch(to + k * size);
+      Pack<T> v = load_pack<T>(source + k * size);
+      const bool whole = shape.whole(k);
+      each_phase<T>([&](auto f) __attribute__((always_inline)) {
+        v[f] = columns.left(f, v[f]);
+        if (!whole) v[f] = keep_bits<Wide<T>>((*edge)[0][f], v[f]);
+      });
+      edge += !whole;
+      columns.advance();
+      store_pack<T>(to + k * size, v);
+    }
   }
 }
 
-// Writes the derivatives by the offsets of H and W, of one plane.
-template <class T, bool left, bool right>
-void correlate_step(const T* grad, const T* x, int64_t area, const Step<T>& step, double* derivative) {
+// Writes the derivatives by the offsets of H and W, three numbers a plane of which the first is left out.
+template <class T>
+void correlate_steps(const T* grad, const T* x, int64_t planes, const Step<T>* step, const ProgramShape<T>& of_all,
+                     double* derivative) {
   using W = Wide<T>;
   using V = Vector<W>;
   constexpr int64_t size = pack_size<T>;
-  const Program<T>& p = *step.program;
-  const Masks* const masks = p.masks.data();
-  const std::array<const T*, 2> row{x + p.distance[0], x + p.distance[1]};
-  ColumnWalk<T> lefts(p.columns[0], p.begin - 1), rights(p.columns[1], p.begin - 1);
-  const auto read = [&](int a, int64_t k, auto whole) __attribute__((always_inline)) {
-    Pack<T> v = load_pack<T>(row[a] + k * size);
-#pragma GCC unroll 2
-    for (int f = 0; f < phases<T>; ++f)
-      if (!whole) v[f] = keep<W>(mask_of<W>(masks[k * phases<T> + f].row[a]), v[f]);
-    return v;
-  };
-  Pack<T> low0 = read(0, 0, std::false_type{}), low1 = read(1, 0, std::false_type{});
-  V s00{}, s01{}, s10{}, s11{};  // by row and column
-  parts((area + size - 1) / size, p.begin - 1, std::min(p.end - 1, area / size), [&](int64_t k, auto whole) __attribute__((always_inline)) {
-    prefetch(row[1] + k * size);
-    const Pack<T> g = load_pack<T>(grad + k * size);
-    const Pack<T> high0 = read(0, k + 1, whole), high1 = read(1, k + 1, whole);
-    const Pack<T> next0 = next_pack<T>(low0, high0), next1 = next_pack<T>(low1, high1);
-#pragma GCC unroll 2
-    for (int f = 0; f < phases<T>; ++f) {
-      const auto& column = masks[k * phases<T> + f].column;
-      if (whole) {
-        const auto l = [&](V v) { return left ? lefts.keep(f, v) : v; };
-        const auto r = [&](V v) { return right ? rights.keep(f, v) : v; };
-        s00 = fma<W>(g[f], l(low0[f]), s00);
-        s10 = fma<W>(g[f], l(low1[f]), s10);
-        s01 = fma<W>(g[f], r(next0[f]), s01);
-        s11 = fma<W>(g[f], r(next1[f]), s11);
-      } else {
-        const auto l = mask_of<W>(column[0]), r = mask_of<W>(column[1]);
-        s00 = fma<W>(l, g[f], low0[f], s00);
-        s10 = fma<W>(l, g[f], low1[f], s10);
-        s01 = fma<W>(r, g[f], next0[f], s01);
-        s11 = fma<W>(r, g[f], next1[f], s11);
-      }
-    }
-    if (whole && left) lefts.advance();
-    if (whole && right) rights.advance();
-    low0 = high0;
-    low1 = high1;
-  });
-  // A sum of no weight may be infinite.
-  const auto weigh = [](W weight, V sum) { return weight == 0 ? V{} : splat<W>(weight) * sum; };
-  derivative[0] = sum_lanes<W>(weigh(step.column[0], s00 - s10) + weigh(step.column[1], s01 - s11));
-  derivative[1] = sum_lanes<W>(weigh(step.row[0], s00 - s01) + weigh(step.row[1], s10 - s11));
+  const ProgramShape<T> shape = of_all;
+  for (; planes > 0; --planes, ++step, grad += shape.area, x += shape.area, derivative += 3) {
+    const Program<T>& p = *step->program;
+    const std::array<const T*, 2> row{x + p.distance[0], x + p.distance[1]};
+    ColumnWalk<T> columns(p);
+    const auto read = [&](int a, int64_t k, auto edge) __attribute__((always_inline)) {
+      Pack<T> v = load_pack<T>(row[a] + k * size);
+      if constexpr (!std::is_null_pointer_v<decltype(edge)>)
+        each_phase<T>([&](auto f) __attribute__((always_inline)) { v[f] = keep_bits<W>((*edge)[a][f], v[f]); });
+      return v;
+    };
+    Pack<T> low0 = shape.whole(0) ? read(0, 0, nullptr) : read(0, 0, p.edges.data());
+    Pack<T> low1 = shape.whole(0) ? read(1, 0, nullptr) : read(1, 0, p.edges.data());
+    V s00{}, s01{}, s10{}, s11{};  // by row and column
+    walk_packs<T>(shape, p.edges.data(), [&](int64_t k, auto edge) __attribute__((always_inline)) {
+      prefetch(row[1] + k * size);
+      const Pack<T> g = load_pack<T>(grad + k * size);
+      const Pack<T> high0 = read(0, k + 1, edge), high1 = read(1, k + 1, edge);
+      const Pack<T> next0 = next_pack<T>(low0, high0), next1 = next_pack<T>(low1, high1);
+      // What lies behind the end must not be multiplied, even by zero. Only the last pack reaches it.
+      const bool last = !std::is_null_pointer_v<decltype(edge)> && k == shape.packs - 1;
+      each_phase<T>([&](auto f) __attribute__((always_inline)) {
+        const auto inside = [&](V v) { return last ? keep_bits<W>(shape.inside[f], v) : v; };
+        const V value = inside(g[f]);
+        s00 = fma<W>(value, inside(columns.left(f, low0[f])), s00);
+        s10 = fma<W>(value, inside(columns.left(f, low1[f])), s10);
+        s01 = fma<W>(value, inside(columns.right(f, next0[f])), s01);
+        s11 = fma<W>(value, inside(columns.right(f, next1[f])), s11);
+      });
+      columns.advance();
+      low0 = high0;
+      low1 = high1;
+    });
+    // A sum of no weight may be infinite.
+    const auto weigh = [](W weight, V sum) { return weight == 0 ? V{} : splat<W>(weight) * sum; };
+    derivative[1] = sum_lanes<W>(weigh(step->column[0], s00 - s10) + weigh(step->column[1], s01 - s11));
+    derivative[2] = sum_lanes<W>(weigh(step->row[0], s00 - s01) + weigh(step->row[1], s10 - s11));
+  }
 }
 
-// Which of the functions above channel c takes. `room`: how many numbers may be written, of which the plane is the first
-// part.
+// Adjacent planes of one image, from channel c on. `room`: how many numbers may be written, of which the planes are the
+// first.
 template <class T>
-void run_program(T* to, int64_t room, const T* from, const Programs<T>& programs, int64_t c) {
-  const Step<T>& step = programs.step(c);
-  const int64_t area = programs.area(), packs = (area + pack_size<T> - 1) / pack_size<T>;
-  const bool left = !step.program->columns[0].empty(), right = !step.program->columns[1].empty();
-  const auto run = programs.single() ? move_step<T>
-                   : left && right   ? run_step<T, true, true>
-                   : left            ? run_step<T, true, false>
-                                     : run_step<T, false, true>;
-  if (packs * pack_size<T> <= room) return run(to, from, packs, step);
-  std::vector<T> other(packs * pack_size<T>);
-  run(other.data(), from, packs, step);
-  std::memcpy(static_cast<void*>(to), other.data(), area * sizeof(T));
-}
-
-template <class T>
-void correlate_program(const T* grad, const T* x, const Programs<T>& programs, int64_t c, double* derivative) {
-  const Step<T>& step = programs.step(c);
-  const bool left = !step.program->columns[0].empty(), right = !step.program->columns[1].empty();
-  const auto run = left && right ? correlate_step<T, true, true>
-                   : left        ? correlate_step<T, true, false>
-                                 : correlate_step<T, false, true>;
-  run(grad, x, programs.area(), step, derivative);
+void run_programs(T* to, int64_t room, const T* from, int64_t planes, const Programs<T>& programs, int64_t c) {
+  const ProgramShape<T>& shape = programs.shape();
+  const auto run = programs.single() ? move_steps<T> : run_steps<T>;
+  const int64_t together = shape.packs * pack_size<T>;
+  const int64_t whole = std::clamp<int64_t>((room - together) / shape.area + 1, 0, planes);
+  run(to, from, whole, programs.step(c), shape);
+  if (whole == planes) return;
+  std::vector<T> other(together);  // what the last pack would be written over is not ours
+  for (int64_t i = whole; i < planes; ++i) {
+    run(other.data(), from + i * shape.area, 1, programs.step(c + i), shape);
+    std::memcpy(static_cast<void*>(to + i * shape.area), other.data(), shape.area * sizeof(T));
+  }
 }
 
 }  // namespace shiftconv

@@ -31,9 +31,10 @@ class Columns {
   void advance() { at_ = at_ + 1 < count_ ? at_ + 1 : 0; }
 
   // Of a run that ends where its row does.
-  static Columns all() {
-    static const std::array<std::vector<BitPack<W>>, 2> every{{{{~Index<W>{}}}, {{~Index<W>{}}}}};
-    return every;
+  static Columns all(int taps) {
+    static const std::array<std::vector<BitPack<W>>, 2> one{{{{~Index<W>{}}}, {{Index<W>{}}}}};
+    static const std::array<std::vector<BitPack<W>>, 2> two{{{{~Index<W>{}}}, {{~Index<W>{}}}}};
+    return taps == 1 ? one : two;
   }
 
  private:
@@ -68,7 +69,7 @@ inline Vector<W> keep_first(Vector<W> v, int64_t count) {
 constexpr int64_t fetch_ahead = 4096;  // bytes
 
 template <class T>
-inline void prefetch(const T* at) {
+[[gnu::always_inline]] inline void prefetch(const T* at) {
   __builtin_prefetch(reinterpret_cast<const char*>(at) + fetch_ahead);
 }
 
@@ -99,7 +100,7 @@ struct Bounds {
 };
 
 // All that the loops need is local: every store could change the rest.
-template <class W, int rows, int taps>
+template <class W, int rows>
 void blend_rows(W* to, int64_t count, const Source<W>* source, const W* weight, Columns<W> columns, Care care) {
   using V = Vector<W>;
   const Bounds<W, rows> bounds(source);
@@ -107,9 +108,9 @@ void blend_rows(W* to, int64_t count, const Source<W>* source, const W* weight, 
   std::array<V, rows> row;
   for (int a = 0; a < rows; ++a) {
     s[a] = source[a];
-    row[a] = splat<W>(taps == 2 ? s[a].weight : s[a].weight * weight[0]);
+    row[a] = splat<W>(s[a].weight);
   }
-  const V first_tap = splat<W>(weight[0]), second_tap = splat<W>(weight[taps - 1]);
+  const V first_tap = splat<W>(weight[0]), second_tap = splat<W>(weight[1]);
   const auto rows_at = [&](int64_t i, auto checked) __attribute__((always_inline)) {
     const auto read = [&](int a) __attribute__((always_inline)) {
       return checked ? load_checked<W>(s[a], i, care.guarded) : load<W>(s[a].at + i);
@@ -118,20 +119,15 @@ void blend_rows(W* to, int64_t count, const Source<W>* source, const W* weight, 
     for (int a = 1; a < rows; ++a) sum = fma<W>(row[a], read(a), sum);
     return sum;
   };
-  V low = taps == 2 ? rows_at(0, std::true_type{}) : V{};  // the rows at i, which each step hands to the next
+  V low = rows_at(0, std::true_type{});  // the rows at i, which each step hands to the next
   const auto step = [&](int64_t i, auto checked) __attribute__((always_inline)) {
-    if constexpr (taps == 1) {
-      const V y = columns.left(rows_at(i, checked));
-      columns.advance();
-      return y;
-    }
     const V high = rows_at(i + lanes<W>, checked);
     const V y = fma<W>(second_tap, columns.right(next_lanes<W>(low, high)), columns.left(low) * first_tap);
     columns.advance();
     low = high;
     return y;
   };
-  const int64_t i = walk<lanes<W>, taps * lanes<W>>(
+  const int64_t i = walk<lanes<W>, 2 * lanes<W>>(
       0, care.spill ? count : count - lanes<W> + 1, bounds.first, bounds.last,
       [&](int64_t i, auto checked) __attribute__((always_inline)) {
         if (!checked) {
@@ -143,20 +139,13 @@ void blend_rows(W* to, int64_t count, const Source<W>* source, const W* weight, 
   if (i < count) store<W>(to + i, step(i, std::true_type{}), count - i);
 }
 
-// to[i] = sum over `rows` sources and `taps` adjacent columns, for 0 <= i < count. Columns that are masked are not read,
-// however they look. `rows` is 1, 2 or 4.
+// to[i] = sum over `rows` sources and two adjacent columns, for 0 <= i < count. What the columns leave out is not read,
+// however it looks. `rows` is 1, 2 or 4.
 template <class W>
-void blend(W* to, int64_t count, const Source<W>* source, int rows, const W* weight, int taps, Columns<W> columns,
+void blend(W* to, int64_t count, const Source<W>* source, int rows, const W* weight, const Columns<W>& columns,
            Care care) {
-  const auto run = [&]<int r>(std::integral_constant<int, r>) {
-    (taps == 2 ? blend_rows<W, r, 2> : blend_rows<W, r, 1>)(to, count, source, weight, columns, care);
-  };
-  if (rows == 1)
-    run(std::integral_constant<int, 1>{});
-  else if (rows == 2)
-    run(std::integral_constant<int, 2>{});
-  else
-    run(std::integral_constant<int, 4>{});
+  const auto run = rows == 1 ? blend_rows<W, 1> : rows == 2 ? blend_rows<W, 2> : blend_rows<W, 4>;
+  run(to, count, source, weight, columns, care);
 }
 
 // sums[a][b] += the sum over 0 <= i < count of grad[i] times source a at i + b. Lanes add in vectors for a while, then in

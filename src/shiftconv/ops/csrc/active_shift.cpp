@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "active_blocks.h"
+#include "active_pixels.h"
 #include "active_planes.h"
 #include "active_program.h"
 #include "active_sums.h"
@@ -65,9 +66,10 @@ struct Call {
     STD_TORCH_CHECK(shifts.is_cpu() && (is_double || shifts.scalar_type() == ScalarType::Float),
                     "expected float32 or float64 offsets on the CPU");
     const void* const data = shifts.const_data_ptr();
+    const int64_t row = shifts.stride(0), column = shifts.stride(1);
     for (int64_t i = 0; i < ndim; ++i)
       for (int64_t k = 0; k < c; ++k) {
-        const int64_t at = k * shifts.stride(0) + i * shifts.stride(1);
+        const int64_t at = k * row + i * column;
         const double o = is_double ? static_cast<const double*>(data)[at] : static_cast<const float*>(data)[at];
         STD_TORCH_CHECK(std::abs(o) < 2147483648.0,
                         "offset must be finite and less than 2**31 pixels either way, got ", o);
@@ -142,13 +144,18 @@ void map_planes(T* to, const T* from, const Call& call, const ActiveMap<Wide<T>>
   parallel_for(count, (in + out) * sizeof(T), [&](int64_t begin, int64_t end) {
     ActivePlane<Wide<T>> plane(map);
     WidePlanes<T> source(count, in), target(count, out);
-    for (int64_t i = begin, c = begin % call.c; i < end; ++i, c = c + 1 < call.c ? c + 1 : 0) {
+    for (int64_t i = begin, planes = 1; i < end; i += planes) {
+      const int64_t c = i % call.c;
       T* const t = to + i * out;
       const T* const f = from + i * in;
-      if (programs.suits(i)) {
-        run_program<T>(t, (end - i) * out, f, programs, c);
-        continue;
+      planes = std::min({programs.suitable(i), end - i, call.c - c});
+      if constexpr (has_programs<T>) {
+        if (planes > 0) {
+          run_programs<T>(t, (end - i) * out, f, planes, programs, c);
+          continue;
+        }
       }
+      planes = 1;
       plane.select(c);
       plane.run(target.target(t), source.read(f), {source.exposed(i), target.open(i, end)});
       target.write(t);
@@ -176,6 +183,21 @@ void map_blocks(T* to, const T* from, const Call& call, const ActiveMap<Wide<T>>
   });
 }
 
+// Channels-last maps without scratch.
+template <class T>
+void map_pixels(T* to, const T* from, const Call& call, const PixelMap<Wide<T>>& map) {
+  const PixelShape s{call.axes[1].size, call.axes[2].size, call.c};
+  parallel_for(call.n * s.h, 2 * s.row() * sizeof(T), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {  // rows of one image
+      const int64_t n = i / s.h, last = std::min(end, (n + 1) * s.h);
+      walk_tiles<T>(s, i - n * s.h, last - n * s.h, [&](PixelTile tile) {
+        blend_pixels<T>(to + n * s.image(), from + n * s.image(), s, map, tile);
+      });
+      i = last;
+    }
+  });
+}
+
 Tensor active_shift(Tensor x, Tensor offset, int64_t mode, bool rounded, int64_t derivative, bool transpose,
                     std::vector<int64_t> geometry) {
   shape_of(x);  // refuses other ranks
@@ -195,15 +217,18 @@ Tensor active_shift(Tensor x, Tensor offset, int64_t mode, bool rounded, int64_t
     const T* const f = static_cast<const T*>(from.tensor.const_data_ptr());
     const int64_t in = transpose ? output_volume(call.axes) : input_volume(call.axes);
     const int64_t out = transpose ? input_volume(call.axes) : output_volume(call.axes);
-    if (from.channels_last)
-      map_blocks<T>(t, f, call, map, in, out);
-    else
-      map_planes<T>(t, f, call, map, in, out);
+    if (!from.channels_last) return map_planes<T>(t, f, call, map, in, out);
+    if constexpr (has_programs<T>) {
+      const PixelMap<Wide<T>> pixels(map, call.padding, transpose);
+      if (!pixels.empty()) return map_pixels<T>(t, f, call, pixels);
+    }
+    map_blocks<T>(t, f, call, map, in, out);
   });
   return to;
 }
 
-// What a backward pass reads and writes; `sums` [N, C, 3] are the derivatives of each plane.
+// What a backward pass reads and writes; `sums` [parts, C, 3] are the derivatives of each image or, for channels-last
+// maps without scratch, of each band of rows.
 template <class T>
 struct Backward {
   using W = Wide<T>;
@@ -211,32 +236,63 @@ struct Backward {
   const T *grad, *x;
   const Call& call;
   ActiveMap<W> transposed, forward;
-  double* sums;
+  std::vector<double>& sums;
   int64_t in, out;
 
   void planes() const {
     const int64_t count = call.n * call.c;
     const Programs<T> programs(transposed, call.n), sum_programs(forward, call.n);
+    const int64_t together = std::max<int64_t>(1, 12288 / (in * int64_t{sizeof(T)}));  // stay in the L1 cache
     parallel_for(count, (2 * in + out) * sizeof(T), [&](int64_t begin, int64_t end) {
       ActivePlane<W> plane(transposed);
       ActiveSums<W> correlation(forward);
       WidePlanes<T> result(count, in), incoming(count, out), image(count, in);
-      for (int64_t i = begin, c = begin % call.c; i < end; ++i, c = c + 1 < call.c ? c + 1 : 0) {
+      for (int64_t i = begin, planes = 1; i < end; i += planes) {
+        const int64_t c = i % call.c;
         T* const t = grad_x + i * in;
         const T *const g = grad + i * out, *const f = x + i * in;
-        if (programs.suits(i) && sum_programs.suits(i)) {
-          run_program<T>(t, (end - i) * in, g, programs, c);
-          correlate_program<T>(g, f, sum_programs, c, sums + 3 * i + 1);
-          continue;
+        planes = std::min({programs.suitable(i), sum_programs.suitable(i), end - i, call.c - c, together});
+        if constexpr (has_programs<T>) {
+          if (planes > 0) {
+            run_programs<T>(t, (end - i) * in, g, planes, programs, c);
+            correlate_steps<T>(g, f, planes, sum_programs.step(c), sum_programs.shape(), &sums[3 * i]);
+            continue;
+          }
         }
+        planes = 1;
         const W* const from = incoming.read(g);
         plane.select(c);
         plane.run(result.target(t), from, {incoming.exposed(i), result.open(i, end)});
         result.write(t);
         correlation.select(c);
-        correlation.run(from, image.read(f), incoming.exposed(i) || image.exposed(i), sums + 3 * i);
+        correlation.run(from, image.read(f), incoming.exposed(i) || image.exposed(i), &sums[3 * i]);
       }
     });
+  }
+
+  // Channels-last maps without scratch, if both maps allow it.
+  bool pixels() const {
+    const PixelMap<W> back(transposed, call.padding, true), there(forward, call.padding, false);
+    if (back.empty() || there.empty()) return false;
+    const PixelShape s{call.axes[1].size, call.axes[2].size, call.c};
+    const int64_t rows = (s.h + (s.h + 15) / 16 - 1) / ((s.h + 15) / 16), bands = (s.h + rows - 1) / rows;
+    sums.assign(call.n * bands * 3 * s.c, 0.0);
+    parallel_for(call.n * bands, 3 * rows * s.row() * sizeof(T), [&](int64_t begin, int64_t end) {
+      std::vector<double> sum(window * window * s.c);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i / bands * s.image(), first = i % bands * rows, last = std::min(first + rows, s.h);
+        std::fill(sum.begin(), sum.end(), 0.0);
+        walk_tiles<T>(s, first, last, [&](PixelTile tile) {
+          blend_pixels<T>(grad_x + at, grad + at, s, back, tile);
+          correlate_pixels<T>(sum.data(), grad + at, x + at, s, there, tile);
+        });
+        for (int64_t c = 0; c < s.c; ++c) {
+          const auto derivative = derive_pixels<W>(sum.data(), forward, there, c);
+          std::copy(derivative.begin(), derivative.end(), &sums[3 * (i * s.c + c) + 1]);
+        }
+      }
+    });
+    return true;
   }
 
   void blocks() const {
@@ -253,7 +309,7 @@ struct Backward {
           plane.select(first + k);
           plane.run(result[k], g[k], {false, true});
           correlation.select(first + k);
-          correlation.run(g[k], image[k], false, sums + 3 * (n * c + first + k));
+          correlation.run(g[k], image[k], false, &sums[3 * (n * c + first + k)]);
         }
         result.scatter(grad_x + n * in * c + first, c, channels);
       }
@@ -261,19 +317,20 @@ struct Backward {
   }
 };
 
-// The sum over the images, in their order.
+// The sum over the parts, in their order.
 void reduce(const Tensor& grad_offset, const std::vector<double>& sums, const Call& call) {
   const bool is_double = grad_offset.scalar_type() == torch::headeronly::ScalarType::Double;
   void* const data = grad_offset.mutable_data_ptr();
+  std::vector<double> total(3 * call.c, 0.0);
+  for (size_t i = 0; i < sums.size(); i += total.size())
+    for (size_t k = 0; k < total.size(); ++k) total[k] += sums[i + k];
   for (int64_t c = 0; c < call.c; ++c)
     for (int64_t i = 0; i < call.ndim; ++i) {
-      double sum = 0;
-      for (int64_t n = 0; n < call.n; ++n) sum += sums[3 * (n * call.c + c) + 3 - call.ndim + i];
-      const int64_t at = c * call.ndim + i;
+      const double sum = total[3 * c + 3 - call.ndim + i];
       if (is_double)
-        static_cast<double*>(data)[at] = sum;
+        static_cast<double*>(data)[c * call.ndim + i] = sum;
       else
-        static_cast<float*>(data)[at] = static_cast<float>(sum);
+        static_cast<float*>(data)[c * call.ndim + i] = static_cast<float>(sum);
     }
 }
 
@@ -303,13 +360,13 @@ std::tuple<Tensor, Tensor> active_shift_backward(Tensor grad, Tensor x, Tensor o
                                  call,
                                  call.map<W>(rounded ? Blend::rounded : Blend::linear, 0, true),
                                  call.map<W>(Blend::both, 0, false),
-                                 sums.data(),
+                                 sums,
                                  input_volume(call.axes),
                                  output_volume(call.axes)};
-      if (from.channels_last)
-        backward.blocks();
-      else
-        backward.planes();
+      if (!from.channels_last) return backward.planes();
+      if constexpr (has_programs<T>)
+        if (backward.pixels()) return;
+      backward.blocks();
     });
   }
   reduce(grad_offset, sums, call);

@@ -130,7 +130,7 @@ using Mask = Index<W>;
 template <class W>
 inline Mask<W> mask_of(uint16_t bits) {
   using Unsigned = typename Lanes<W>::Unsigned;
-  const Unsigned lane = Unsigned{} + 1 << (Unsigned)iota<W>();
+  const Unsigned lane = (Unsigned{} + 1) << (Unsigned)iota<W>();
   return ((Unsigned{} + bits) & lane) != 0;
 }
 
@@ -174,7 +174,7 @@ inline Bits round_bits(Bits bits) {
 template <class T>
 inline Vector<Wide<T>> load(const T* from) {
   using V = Vector<Wide<T>>;
-  V v;
+  V v{};
   if constexpr (std::is_same_v<T, Wide<T>>) {
     std::memcpy(&v, from, sizeof(v));
     return v;
@@ -199,7 +199,7 @@ inline Vector<Wide<T>> load(const T* from) {
 
 template <class T>
 inline void store(T* to, Vector<Wide<T>> v) {
-  using Unsigned = typename Lanes<Wide<T>>::Unsigned;
+  using Unsigned [[maybe_unused]] = typename Lanes<Wide<T>>::Unsigned;
   if constexpr (std::is_same_v<T, Wide<T>>) {
     std::memcpy(to, &v, sizeof(v));
     return;
@@ -259,6 +259,13 @@ inline Vector<W> keep_bits(Index<W> bits, Vector<W> v) {
   return (Vector<W>)(bits & (Index<W>)v);
 }
 
+// Calls body with the index of each vector of a pack. A loop would be unrolled too late to keep packs in registers.
+template <class T, class Body>
+[[gnu::always_inline]] inline void each_phase(const Body& body) {
+  body(std::integral_constant<int, 0>{});
+  if constexpr (phases<T> == 2) body(std::integral_constant<int, 1>{});
+}
+
 template <class T>
 inline Pack<T> load_pack(const T* from) {
   if constexpr (phases<T> == 1) {
@@ -268,6 +275,7 @@ inline Pack<T> load_pack(const T* from) {
     using V = Vector<float>;
     Bits bits;
     std::memcpy(&bits, from, sizeof(bits));
+    __asm__("" : "+v"(bits));  // else the compiler loads twice, by operands in memory
     return {(V)(bits << 16), (V)(bits & 0xffff0000)};
   }
 }

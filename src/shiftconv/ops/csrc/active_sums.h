@@ -64,7 +64,7 @@ class ActiveSums {
           for (int64_t position = w.begin; position < w.end; ++position) add(position);
         } else if (count > 0) {
           const Source<W> inside{row + w.begin + w.delta(), 0, count + 1, 1};
-          correlate<W, 1>(grad + w.begin, count, &inside, Columns<W>::all(), guarded, sums + j);
+          correlate<W, 1>(grad + w.begin, count, &inside, Columns<W>::all(2), guarded, sums + j);
         }
       });
   }

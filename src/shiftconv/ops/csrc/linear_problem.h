@@ -63,6 +63,18 @@ struct LinearProblem {
   bool is_linear() const { return padding == Padding::zeros && d.step == 1 && h.step == 1 && w.step == 1; }
   bool is_still() const { return groups.size() == 1 && groups[0] == Offset{0, 0, 0} && is_linear(); }
 
+  // Of a map that is not shifted.
+  explicit LinearProblem(const Tensor& x) : outputs(0), padding(Padding::zeros) {
+    const Shape s = shape_of(x);
+    images = s.n;
+    channels = s.c;
+    d = {s.d, s.d, 1};
+    h = {s.h, s.h, 1};
+    w = {s.w, s.w, 1};
+    groups = {{0, 0, 0}};
+    of_channel.assign(channels, 0);
+  }
+
   LinearProblem(const Tensor& x, const Tensor& offset, int64_t outputs, int64_t mode, const int64_t* stride)
       : outputs(outputs), padding(static_cast<Padding>(mode)) {
     const Shape s = shape_of(x);

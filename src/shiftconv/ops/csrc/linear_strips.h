@@ -106,30 +106,65 @@ class LinearReader {
     next_ = next.image[0] * image + next.pixel[0];
   }
 
-  // Calls body(fetch, first, last) until all strips were named; fetch(v, channel) is what strip v reads.
+  // Calls body(fetch, first) until all strips were fetched; fetch(channel) is what some of them read, from `first` on.
   template <int width, class Body>
   void read(const Body& body) const {
-    const std::integral_constant<int, 0> first;
-    const std::integral_constant<int, width> last;
     const auto fetch = [this](auto way) {
       constexpr int kind = way;
-      return [masks = masks_.data(), base = base_, group = p_.of_channel.data(), x = x_, source = source_.data(),
-              next = x_ + next_](int v, int64_t c) __attribute__((always_inline)) {
-        const Masks& mask = masks[group[c]];
+      return [masks = masks_.data(), base = base_, group = p_.of_channel.data(), x = x_,
+              source = source_.data()](int64_t c) __attribute__((always_inline)) {
+        const Masks mask = masks[group[c]];
         const T* const from = x + source[c];
-        if (v == 0) prefetch_tile(next + source[c]);
-        if constexpr (kind == straight) return load_whole(mask[0][v], from + base[0][0] + v * lanes);
-        const __m512i one = load_lanes(mask[0][v], from + base[v][0]);
-        if constexpr (kind == careful) return one;
-        return _mm512_or_si512(one, load_lanes(mask[1][v], from + base[v][1]));
+        std::array<__m512i, width> strip;
+#pragma GCC unroll 4
+        for (int v = 0; v < width; ++v) {
+          if constexpr (kind == straight) {
+            strip[v] = load_whole(mask[0][v], from + base[0][0] + v * lanes);
+          } else {
+            strip[v] = load_lanes(mask[0][v], from + base[v][0]);
+            if (kind == split) strip[v] = _mm512_or_si512(strip[v], load_lanes(mask[1][v], from + base[v][1]));
+          }
+        }
+        return strip;
       };
     };
     if (way_ == straight)
-      body(fetch(std::integral_constant<int, straight>()), first, last);
+      body(fetch(std::integral_constant<int, straight>()), 0);
     else if (way_ == careful)
-      body(fetch(std::integral_constant<int, careful>()), first, last);
+      body(fetch(std::integral_constant<int, careful>()), 0);
     else
-      body(fetch(std::integral_constant<int, split>()), first, last);
+      body(fetch(std::integral_constant<int, split>()), 0);
+  }
+
+  // Put a strip of each vector where fetch(channel) would have read it.
+  template <int width>
+  void store(T* to, int64_t c, const __m512 (&strip)[width]) const {
+    const Masks mask = masks_[p_.of_channel[c]];
+    to += source_[c];
+#pragma GCC unroll 4
+    for (int v = 0; v < width; ++v) {
+      store_floats(to + base_[v][0], mask[0][v], strip[v]);
+      if (way_ == split) store_floats(to + base_[v][1], mask[1][v], strip[v]);
+    }
+  }
+
+  void prefetch_here(int64_t c) const {
+    const char* const first = reinterpret_cast<const char*>(x_ + base_[0][0] + source_[c]);
+    for (int64_t at = 0; at < tile * int64_t{sizeof(T)}; at += 64) prefetch_write(first + at);
+  }
+
+  // Fetch what pixels from `pixel` on will read.
+  void prefetch_span(int64_t c, int64_t image, int64_t pixel, int64_t count) const {
+    if (c >= p_.channels) return;
+    const T* const from = x_ + image * p_.channels * volume_ + pixel + source_[c];
+    for (int64_t at = 0; at < count; at += 64 / sizeof(T)) prefetch(from + at);
+  }
+
+  // Fetch the lines that the next tile adds to this one's.
+  void prefetch_next(int64_t c) const {
+    const char* const last = reinterpret_cast<const char*>(x_ + next_ + source_[c] + tile) - 1;
+    constexpr int64_t bytes = tile * sizeof(T);
+    for (int64_t back = 0; back < bytes + 63; back += 64) prefetch(last - back);
   }
 
  private:
@@ -151,13 +186,6 @@ class LinearReader {
       const __mmask16 in_h = inside(strip.mask[i], at.h, o.h, p_.h.size), in_w = inside(in_h, at.w, o.w, p_.w.size);
       masks_[g][i][v] = inside(in_w, at.d, o.d, p_.d.size);
     }
-  }
-
-  // The lines that the tile at `from` adds to those of the tile before.
-  static void prefetch_tile(const T* from) {
-    const char* const last = reinterpret_cast<const char*>(from + tile) - 1;
-    constexpr int64_t bytes = tile * sizeof(T);
-    for (int64_t back = 0; back < bytes - 32; back += 64) prefetch(last - back);
   }
 
   const LinearProblem& p_;
@@ -201,6 +229,9 @@ class GatherReader {
     if constexpr (width > 1) read_strip<1>(body);
     if constexpr (width > 2) read_strip<2>(body);
   }
+
+  void prefetch_next(int64_t) const {}
+  void prefetch_span(int64_t, int64_t, int64_t, int64_t) const {}
 
  private:
   struct View {
@@ -247,10 +278,10 @@ class GatherReader {
   void read_loads(const Body& body) const {
     const View* const views = views_.data() + slot_[v] * groups_;
     const T* const image = x_ + base_[v];
-    body([=, this](int, int64_t c) {
-      const View& view = views[p_.of_channel[c]];
-      return fetch<loads>(view, image + c * volume_ + view.first);
-    }, std::integral_constant<int, v>(), std::integral_constant<int, v + 1>());
+    body([views, image, group = p_.of_channel.data(), volume = volume_](int64_t c) __attribute__((always_inline)) {
+      const View& view = views[group[c]];
+      return std::array<__m512i, 1>{fetch<loads>(view, image + c * volume + view.first)};
+    }, v);
   }
 
   template <int loads>

@@ -64,6 +64,9 @@ inline void store_floats(BFloat16* to, __mmask16 mask, __m512 value) {
 inline void prefetch(const void* at) { __asm__ volatile("prefetcht0 (%0)" : : "r"(at)); }
 inline void prefetch_write(const void* at) { __asm__ volatile("prefetchw (%0)" : : "r"(at)); }
 
+// The second operand is what comes of a NaN and a number.
+inline __m512 relu(__m512 value) { return _mm512_max_ps(_mm512_setzero_ps(), value); }
+
 // A lane holds one float32, or two neighbours in the sum of bfloat16.
 template <class T>
 constexpr int64_t depth = 4 / sizeof(T);
