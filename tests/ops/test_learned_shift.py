@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shiftconv import ops
-from shiftconv.ops.active_shift import round_offset
+from shiftconv.ops.active_shift import reference_backward, round_offset
 
 from .cases import LAYOUTS, MODES, every_mode, native_or_skip, normal
 
@@ -227,6 +227,14 @@ def test_threads_do_not_change_results(shape, format_):
             assert same_bits(lambda m=mode, r=rounded: raw_backward(grad, x, offset, m, r))
         assert same_bits(lambda m=mode: raw_backward(small, x, offset, m, False, window))
         assert same_bits(lambda m=mode: [raw(x, offset, m, False, 0, t) for t in (False, True)])
+
+
+def test_threads_do_not_change_results_of_differentiable_gradients():
+    """The same for what a training loop with a gradient penalty takes, and for the reference."""
+    (x, offset), grad = sample((1, 1, 200, 300)), normal((1, 1, 200, 300), 2, torch.float32)
+    assert same_bits(lambda: reference_backward(grad, x, offset, 0, False))
+    leaves = x.requires_grad_(), offset.requires_grad_()
+    assert same_bits(lambda: torch.autograd.grad(ops.active_shift(*leaves), leaves, grad, create_graph=True))
 
 
 X, W = (2, 3, 5, 6), torch.zeros(3, 2)

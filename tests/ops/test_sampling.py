@@ -244,7 +244,7 @@ class TestInPlace:
         x, offset = torch.zeros(2, 3, 4, 4), torch.ones(3, 2, dtype=torch.long)
         with pytest.raises(RuntimeError, match=r"no gradient; use shift, or torch.no_grad\(\)"):
             shift_(x.requires_grad_(), offset)
-        with pytest.raises(RuntimeError, match="single memory location"):
+        with pytest.raises(RuntimeError, match=r"single memory location|API call failed"):  # torch 2.11 says no more
             shift_(torch.zeros(2, 1, 4, 4).expand(2, 3, 4, 4), offset)
         with pytest.raises(ValueError, match=r"K <= C channels of x \[N, C, \*S\], got \[3, 2\] for x \[2, 2, 4, 4\]"):
             shift_(torch.zeros(2, 2, 4, 4), offset)

@@ -192,8 +192,15 @@ def _offset_gradient(grad: Tensor, x: Tensor, offset: Tensor, rule: Rule, deriva
             columns.append(torch.zeros_like(offset[:, axis]))
             continue
         change = _apply(x, offset, rule, derivative | 1 << axis, transpose)
-        columns.append((grad.to(wide) * change.to(wide)).transpose(0, 1).flatten(1).sum(1))
+        columns.append(_per_channel(grad.to(wide) * change.to(wide)))
     return torch.stack(columns, 1).to(offset.dtype)
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    """Sums ``[C]`` of ``[N, C, *S]``; axis by axis, since torch splits one long sum by the number of threads."""
+    while x.ndim > 2:
+        x = x.sum(-1)
+    return x.sum(0)
 
 
 class _ActiveShift(torch.autograd.Function):
@@ -300,7 +307,7 @@ def reference_backward(
     """Gradients of ``x`` and ``offset`` from that of the output, each by :func:`reference`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     changes = [reference(x.to(wide), offset, mode, False, 1 << axis, False, window) for axis in range(offset.shape[1])]
-    columns = [(grad.to(wide) * change).transpose(0, 1).flatten(1).sum(1) for change in changes]
+    columns = [_per_channel(grad.to(wide) * change) for change in changes]
     grad_x = empty_output(x).copy_(reference(grad, offset, mode, rounded, 0, True, window))
     return grad_x, torch.stack(columns, 1).to(offset.dtype)
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shiftconv.names import unknown
@@ -37,6 +38,7 @@ Activation = Literal["relu"]
 
 _ACTIVATIONS: dict[str | None, bool] = {None: False, "relu": True}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # here, as the compiler cannot trace the question
 _ONES = ([1], [1, 1], [1, 1, 1])
 
 
@@ -148,6 +150,8 @@ def apply_shift_linear(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
+    if _prefers_torch(x):
+        return _by_torch(x, offset, weight, bias, residual, mode, stride, relu)
     if not (transformed or recorded):
         return _raw(x, offset, weight, bias, residual, mode, stride, relu)
     function = _TransformedShiftLinear if transformed else _ShiftLinear
@@ -156,6 +160,31 @@ def apply_shift_linear(
         y = function.apply(x, offset, weight, bias, None, mode, stride, relu)
         return cast("Tensor", y) + residual
     return cast("Tensor", function.apply(x, offset, weight, bias, residual, mode, stride, relu))
+
+
+def _prefers_torch(x: Tensor) -> bool:
+    """Whether a shift and torch's convolution are faster than the kernel: in channels_last on the CPU they are."""
+    return (
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not x.is_contiguous() and x.ndim > 3
+    )
+
+
+def _by_torch(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mode: int,
+    stride: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """The same one operator after the other, by what differentiates itself; 16-bit types round after each."""
+    moved = apply_shift(x, offset, mode, False, _window(x, stride))
+    convolve = F.conv2d if x.ndim == 4 else F.conv3d
+    y = convolve(moved, weight.view(*weight.shape, *[1] * (x.ndim - 2)), bias)
+    y = y.relu() if relu else y
+    return y if residual is None else y + residual
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,14 +227,14 @@ def _window(x: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def _has_gradient_kernels(x: Tensor) -> bool:
-    """Whether the kernels for gradients of the first order take ``x``: what is differentiated again takes other steps."""
+    """Whether the kernels for first gradients take ``x``; what is differentiated again takes other steps."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous()
         and not torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _AVX512
     )
 
 
@@ -238,11 +267,12 @@ class _TransformedShiftLinear(torch.autograd.Function):
         size, dims = info.batch_size, in_dims[:5]
         x, offset, weight, bias, residual, *rest = inputs
         if dims[0] is None or any(dim is not None for dim in dims[1:4]):
+            tensors = inputs[:5]
             each = [
-                [t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True)]
+                [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims, strict=True)]
                 for i in range(size)
             ]
-            return torch.stack([apply_shift_linear(*arguments) for arguments in each]), 0
+            return torch.stack([apply_shift_linear(*some, *rest) for some in each]), 0
         x = x.movedim(dims[0], 0)
         if residual is not None:
             residual = residual.expand(size, *residual.shape) if dims[4] is None else residual.movedim(dims[4], 0)
@@ -265,7 +295,7 @@ def reference(
     wide = torch.float32 if x.itemsize == 2 else x.dtype
     with torch.no_grad():
         moved = shift_reference(x, offset, mode, False, geometry(x, None, stride)).to(wide)
-        y = torch.tensordot(weight.to(wide), moved, dims=([1], [1])).movedim(0, 1)
+        y = torch.einsum("oc,nc...->no...", weight.to(wide), moved)
         if bias is not None:
             y = y + bias.to(wide).view(-1, *[1] * (x.ndim - 2))
         if relu:
@@ -279,7 +309,7 @@ def input_reference(grad: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
     """S' (W' grad) for padding with zeros and no stride, in plain torch: ``[N, C, *S]`` for ``[N, O, *S]``."""
     with torch.no_grad():
         wide = torch.float32 if grad.itemsize == 2 else grad.dtype
-        mixed = torch.tensordot(weight.to(wide), grad.to(wide), dims=([0], [1])).movedim(0, 1).contiguous()
+        mixed = torch.einsum("oc,no...->nc...", weight.to(wide), grad.to(wide)).contiguous()
         return shift_reference(mixed, offset, ZEROS, True).to(grad.dtype)
 
 
