@@ -1,230 +1,427 @@
-"""shift_linear against NumPy, and what autograd, the compiler and functorch make of it."""
+"""The shifted 1x1 convolution against an oracle in NumPy that shares no code with it, and through torch's machinery."""
+
+import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+import torch.nn.functional as F
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
-from shiftconv.ops import shift_linear
-from shiftconv.ops.sampling import format_of
-from shiftconv.ops.shift_linear import reference
+from shiftconv import ops
+from shiftconv.ops import native
+from shiftconv.ops.sampling import MODES, PaddingMode
+from shiftconv.ops.shift_linear import input_reference, reference, shift_linear, weight_reference
 
-from .cases import LAYOUTS, MODES, every_mode, laid_out, often
+NUMPY_NAME = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}  # the other two agree
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
-CLOSE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-PAD = {"zeros": "constant", "replicate": "edge", "circular": "wrap", "reflect": "reflect", "symmetric": "symmetric"}
-OPERATOR = torch.ops.shiftconv.shift_linear.default
+# Shape of x and number of outputs: what the kernel tells apart is the number of pixels in an image (tiles of 48, strips
+# of 16 that may span two images), blocks of 8 outputs, odd channels (bfloat16 takes pairs), and the rank.
+CASES = [
+    ((2, 5, 6, 9), 4),
+    ((3, 16, 7, 7), 20),
+    ((2, 7, 33, 31), 16),
+    ((4, 9, 8, 8), 8),
+    ((1, 33, 14, 14), 33),
+    ((2, 6, 3, 5, 7), 9),
+    ((2, 4, 40), 3),
+    ((3, 4, 2, 2), 5),
+    ((2, 130, 9, 11), 70),
+    ((3, 17, 1, 1), 9),
+]
+
+every_mode = pytest.mark.parametrize("padding_mode", get_args(PaddingMode))
+every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+every_case = pytest.mark.parametrize(("shape", "outputs"), CASES, ids=str)
+
+
+@pytest.fixture
+def kernels():
+    """The C++ kernels, registered with the dispatcher."""
+    try:
+        native.compiler()
+    except native.NativeError as error:
+        pytest.skip(str(error))
+    native.load("shift_linear")
+    native.load("shift_linear_backward")
+    return torch.ops.shiftconv
+
+
+def sample(shape, outputs, reach=2, dtype=torch.float64, stride=1):
+    """Random x, offset, weight, bias, residual; the weights keep results near 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    sizes = [-(-size // step) for size, step in zip(shape[2:], steps(shape, stride), strict=True)]
+    weight = random(outputs, shape[1]) / max(shape[1], 1) ** 0.5
+    x, weight, bias, residual = (
+        t.to(dtype) for t in (random(*shape), weight, random(outputs), random(shape[0], outputs, *sizes))
+    )
+    return x, torch.randint(-reach, reach + 1, (shape[1], len(shape) - 2), generator=generator), weight, bias, residual
+
+
+def steps(shape, stride):
+    return [stride] * (len(shape) - 2) if isinstance(stride, int) else [*stride]
 
 
 def oracle(x, offset, weight, bias, padding_mode, stride, relu, residual):
-    """In float64: np.pad each channel far enough, cut the moved window out, keep every few positions, mix, add."""
-    x, moved = x.double().numpy(), []
-    for c, row in enumerate(offset.tolist()):
-        channel = x[:, c]
-        for axis, o in enumerate(row, 1):
-            size, reach = channel.shape[axis], abs(o) + 1
-            widths = [(reach, reach) if a == axis else (0, 0) for a in range(channel.ndim)]
-            wide = np.pad(channel, widths, PAD[padding_mode])
-            channel = np.take(wide, np.arange(0, size, stride) + reach - o, axis)
-        moved.append(channel)
-    y = np.einsum("oc,nc...->no...", weight.double().numpy(), np.stack(moved, 1))
+    """Pad with NumPy as far as the offset of a channel reaches, cut its window, mix; all in float64."""
+    moved = torch.empty(x.shape, dtype=torch.float64)
+    for c, o in enumerate(offset.tolist()):
+        widths = [(0, 0), *((abs(d), abs(d)) for d in o)]
+        padded = np.pad(x[:, c].double().numpy(), widths, NUMPY_NAME.get(padding_mode, padding_mode))
+        window = tuple(slice(abs(d) - d, abs(d) - d + s) for d, s in zip(o, x.shape[2:], strict=True))
+        moved[:, c] = torch.from_numpy(padded[(slice(None), *window)])
+    kept = moved[(..., *(slice(None, None, step) for step in steps(x.shape, stride)))]
+    y = np.einsum("oc,ncp->nop", weight.double().numpy(), kept.flatten(2).numpy())
+    y = torch.from_numpy(y).view(x.shape[0], weight.shape[0], *kept.shape[2:])
     if bias is not None:
-        y = y + bias.double().numpy().reshape(-1, *[1] * (y.ndim - 2))
-    y = np.maximum(y, 0) if relu else y
-    return y if residual is None else y + residual.double().numpy()
+        y = y + bias.double().view(-1, *[1] * (x.ndim - 2))
+    if relu:
+        y = y.clamp(min=0)
+    return y if residual is None else y + residual.double()
 
 
-def sample(sizes=(2, 5, 7, 6), outputs=4, dtype=torch.float64, reach=2, residual_of=None):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    offset = torch.randint(-reach, reach + 1, (sizes[1], len(sizes) - 2), generator=generator)
-    stride = residual_of or 1
-    residual = normal(sizes[0], outputs, *(-(-s // stride) for s in sizes[2:])) if residual_of else None
-    return normal(*sizes), offset, normal(outputs, sizes[1]), normal(outputs), residual
+def assert_near(actual, expected, factor=1.0):
+    tolerance = factor * TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-def agree(result: Tensor, truth: np.ndarray, dtype: torch.dtype):
-    assert result.dtype is dtype
-    scale = max(1.0, float(np.abs(truth).max(initial=0)))
-    np.testing.assert_allclose(result.detach().double().numpy(), truth, rtol=0, atol=CLOSE[dtype] * scale)
+def formats(x):
+    return [x] if x.ndim == 3 else [x, x.contiguous(memory_format=LAST[x.ndim])]
 
 
-@often
-@given(data=st.data())
-def test_equals_numpy(data):
-    """Ranks, odd sizes, tails of every tile, dtypes, layouts, paddings, strides, and what is left out or not."""
-    draw = data.draw
-    ndim = draw(st.integers(1, 3))
-    sizes = [draw(st.sampled_from([1, 2, 3, 7, 8, 14] if ndim < 3 else [1, 2, 5])) for _ in range(ndim)]
-    shape = (draw(st.integers(0, 3)), draw(st.sampled_from([1, 2, 7, 16, 33])), *sizes)
-    dtype, stride = draw(st.sampled_from([*CLOSE])), draw(st.sampled_from([1, 1, 2, 3]))
-    outputs = draw(st.sampled_from([1, 3, 8, 17, 26]))
-    x, offset, weight, bias, residual = sample(shape, outputs, dtype, draw(st.sampled_from([0, 1, 9])), stride)
-    x = laid_out(x, draw(st.sampled_from(LAYOUTS)))
-    bias, residual = (t if draw(st.booleans()) else None for t in (bias, residual))
-    mode, activation = draw(st.sampled_from([*MODES])), draw(st.sampled_from([None, "relu"]))
-    y = shift_linear(x, offset, weight, bias, mode, stride, activation, residual)
-    agree(y, oracle(x, offset, weight, bias, mode, stride, activation == "relu", residual), dtype)
-    if x.numel() and y.numel():
-        truth = reference(x, offset, weight, bias, residual, MODES[mode], [stride] * ndim, activation == "relu")
-        agree(truth, y.detach().double().numpy(), dtype)
-        assert y.is_contiguous(memory_format=format_of(x))
+@every_case
+@every_mode
+@every_dtype
+def test_kernel_and_reference_equal_oracle(kernels, shape, outputs, padding_mode, dtype):
+    """Both memory formats, with and without all that may be added; outputs over memory that held something else."""
+    for reach, stride in ((0, 1), (1, 1), (2, 2), (40, 1), (3, 3)):
+        x, offset, weight, bias, residual = sample(shape, outputs, reach, dtype, stride)
+        step, mode = steps(shape, stride), MODES[padding_mode]
+        for full in (True, False):
+            b, r = (bias, residual) if full else (None, None)
+            expected = oracle(x, offset, weight, b, padding_mode, stride, full, r)
+            for x_ in formats(x):
+                poison = torch.full_like(residual, float("nan"))
+                del poison
+                y = kernels.shift_linear(x_, offset, weight, b, r, mode, step, full)
+                truth = reference(x_, offset, weight, b, r, mode, step, full)
+                assert_near(y, expected)
+                assert_near(truth, expected)
+                assert y.stride() == truth.stride()
+                assert y.dtype == dtype
 
 
+@every_case
+@every_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(3, 96, 28, 28), (2, 48, 32, 32), (5, 200, 7, 7), (1, 300, 57, 33)], ids=str)
-def test_shapes_of_networks(sizes, dtype):
-    x, offset, weight, bias, _ = sample(sizes, 40, dtype, 1)
-    agree(shift_linear(x, offset, weight, bias), oracle(x, offset, weight, bias, "zeros", 1, False, None), dtype)
-    agree(
-        shift_linear(x, offset, weight, bias, stride=2, activation="relu"),
-        oracle(x, offset, weight, bias, "zeros", 2, True, None),
-        dtype,
-    )
+def test_gradient_kernels_equal_reference(kernels, shape, outputs, padding_mode, dtype):
+    for reach, stride in ((0, 1), (1, 1), (2, 2), (40, 1), (3, 3)):
+        x, offset, weight, _, grad = sample(shape, outputs, reach, dtype, stride)
+        step, mode = steps(shape, stride), MODES[padding_mode]
+        wide = [t.double() for t in (grad, x)]
+        expected = weight_reference(*wide, offset, mode, step)
+        scale = max(1, grad[:, 0].numel()) ** 0.5
+        for actual, truth in zip(kernels.shift_linear_weight(grad, x, offset, mode, step), expected, strict=True):
+            assert_near(actual / scale, truth / scale)
+        if stride == 1 and padding_mode == "zeros":
+            poison = torch.full_like(x, float("nan"))
+            del poison
+            actual = kernels.shift_linear_input(grad, offset, weight)
+            assert_near(actual, input_reference(wide[0], offset, weight.double()), factor=2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    channels=st.integers(1, 20),
+    outputs=st.integers(1, 20),
+    padding_mode=st.sampled_from(get_args(PaddingMode)),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    last=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape_any_offset(sizes, channels, outputs, padding_mode, dtype, last, data):
+    stride = [data.draw(st.integers(1, 3)) for _ in sizes]
+    column = st.one_of(st.integers(-3, 3), st.integers(-30, 30))
+    x, _, weight, bias, residual = sample((2, channels, *sizes), outputs, 0, dtype, stride)
+    offset = torch.tensor([[data.draw(column) for _ in sizes] for _ in range(channels)])
+    if last and x.ndim > 3:
+        x = x.contiguous(memory_format=LAST[x.ndim])
+    y = shift_linear(x, offset, weight, bias, padding_mode, stride, "relu", residual)
+    assert_near(y, oracle(x, offset, weight, bias, padding_mode, stride, True, residual))
+
+
+def test_equals_shift_then_convolution():
+    x, offset, weight, bias, residual = sample((2, 5, 6, 9), 4)
+    y = shift_linear(x, offset, weight, bias, "reflect", 1, "relu", residual)
+    convolved = F.conv2d(ops.shift(x, offset, "reflect"), weight[..., None, None], bias)
+    torch.testing.assert_close(y, convolved.relu() + residual)
+
+
+def test_strides_by_axis():
+    x, offset, weight, *_ = sample((2, 5, 7, 9), 4)
+    y = shift_linear(x, offset, weight, stride=(2, 3))
+    torch.testing.assert_close(y, oracle(x, offset, weight, None, "zeros", (2, 3), False, None))
+    assert y.shape == (2, 4, 4, 3)
 
 
 @every_mode
-@pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_are_exact(padding_mode, stride):
-    x, offset, weight, bias, residual = sample((2, 3, 5, 4), 2, residual_of=stride)
-    inputs = tuple(t.requires_grad_() for t in (x, weight, bias, residual) if t is not None)
-
-    def f(x, weight, bias, residual):
-        return shift_linear(x, offset, weight, bias, padding_mode, stride, "relu", residual)
-
-    assert gradcheck(f, inputs)
-    assert gradgradcheck(f, inputs)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_offsets_at_the_ends_of_int64(kernels, padding_mode, dtype):
+    x, _, weight, *_ = sample((1, 2, 5, 6), 3, 0, dtype)
+    ends = torch.tensor([[2**63 - 1, -(2**63)], [-(2**63), 2**63 - 1]])
+    period = {"circular": (5, 6), "reflect": (8, 10), "symmetric": (10, 12)}.get(padding_mode)
+    small = [[(o % period[i]) if period else max(-9, min(9, o)) for i, o in enumerate(row)] for row in ends.tolist()]
+    y = kernels.shift_linear(x, ends, weight, None, None, MODES[padding_mode], [1, 1], False)
+    assert_near(y, oracle(x, torch.tensor(small), weight, None, padding_mode, 1, False, None))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_offsets_of_every_integer_dtype(dtype):
+    x, offset, weight, *_ = sample((2, 5, 6, 9), 4)
+    offset = offset.abs()
+    assert torch.equal(shift_linear(x, offset.to(dtype), weight), shift_linear(x, offset, weight))
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [
+        ("channels of another tensor", lambda x: x[:, ::2]),
+        ("cut", lambda x: x[:, :, 1:, 1:]),
+        ("cut, channels last", lambda x: x.contiguous(memory_format=torch.channels_last)[:, :, 1:, 1:]),
+        ("expanded", lambda x: x[:1, :1].expand(2, 5, -1, -1)),
+        ("transposed", lambda x: x.mT),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_first_gradients_of_the_kernels(dtype, stride, layout):
-    """What training takes: compared with the derivatives of the same thing in float64."""
-    x, offset, weight, bias, residual = sample((3, 19, 9, 11), 13, dtype, residual_of=stride)
-    x = laid_out(x, layout)
-    found, grads = [], None
-    for kind in (dtype, torch.float64):
-        leaves = [t.detach().to(kind).requires_grad_() for t in (x, weight, bias, residual) if t is not None]
-        y = shift_linear(leaves[0], offset, leaves[1], leaves[2], "zeros", stride, "relu", leaves[3])
-        grads = torch.ones_like(y) if grads is None else grads.to(kind)
-        found.append(torch.autograd.grad(y, leaves, grads))
-    for got, want in zip(*found, strict=True):
-        assert got.dtype is dtype
-        scale = float(want.abs().max())
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=CLOSE[dtype] * scale)
+def test_takes_any_strides(kernels, name, view, dtype):
+    x = view(sample((2, 6, 7, 9), 0, dtype=dtype)[0])
+    _, offset, weight, bias, residual = sample(x.shape, 5, dtype=dtype)
+    expected = oracle(x, offset, weight, bias, "zeros", 1, False, residual)
+    for r in (residual, residual.mT.contiguous().mT, residual.contiguous(memory_format=torch.channels_last)):
+        y = shift_linear(x, offset.T.contiguous().T, weight.T.contiguous().T, bias, residual=r)
+        assert_near(y, expected)
+        assert y.is_contiguous(memory_format=torch.channels_last if name.endswith("last") else torch.contiguous_format)
 
 
-def test_registration_is_sound():
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 4, 4), (2, 3, 0, 4), (1, 1, 0, 0, 0)], ids=str)
+def test_empty(shape):
+    x, offset, weight, bias, residual = sample(shape, 4, dtype=torch.float32)
+    for t in (x, weight, bias):
+        t.requires_grad_()
+    y = shift_linear(x, offset, weight, bias, "circular", 1, "relu", residual)
+    y.sum().backward()
+    assert y.shape == residual.shape
+    assert x.grad.shape == shape
+    torch.testing.assert_close(y, bias.relu().view(-1, *[1] * (x.ndim - 2)) + residual if shape[1] == 0 else y)
+
+
+def test_no_outputs():
+    x, offset, weight, *_ = sample((2, 3, 5), 0, dtype=torch.float32)
+    assert shift_linear(x, offset, weight).shape == (2, 0, 5)
+
+
+def test_keeps_what_is_not_finite(kernels):
+    """A NaN stays one through relu, and touches the pixels that read it, no others."""
+    x, _, weight, *_ = sample((2, 3, 6, 8), 9, dtype=torch.float32)
+    x[1, 2, 5, 7] = float("nan")
+    for dtype in (torch.float32, torch.bfloat16):
+        y = shift_linear(x.to(dtype), torch.ones(3, 2, dtype=torch.long) * -1, weight.to(dtype), activation="relu")
+        assert y.isnan().nonzero().tolist() == [[1, o, 4, 6] for o in range(9)]
+
+
+@every_mode
+@pytest.mark.parametrize("shape", [(1, 2, 3), (1, 3, 3, 2), (1, 2, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_gradients_of_any_order(shape, padding_mode, activation):
     for stride in (1, 2):
-        for layout in ("contiguous", "channels last"):
-            x, offset, weight, bias, residual = sample(dtype=torch.float32, residual_of=stride)
-            x = laid_out(x, layout)
-            torch.library.opcheck(
-                OPERATOR,
-                (x, offset, weight, bias, residual, 3, [stride] * 2, True),
-                test_utils=("test_schema", "test_faketensor"),
-            )
-    x, offset, weight, *_ = sample(dtype=torch.float32)
-    grad = torch.randn(2, 4, 7, 6)
-    for operator, arguments in (
-        (torch.ops.shiftconv.shift_linear_input.default, (grad, offset, weight)),
-        (torch.ops.shiftconv.shift_linear_weight.default, (grad, x, offset, 0, [1, 1])),
-    ):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        x, offset, weight, bias, residual = sample(shape, 2, stride=stride)
+        inputs = [t.requires_grad_() for t in (x, weight, bias, residual)]
+
+        def function(x, weight, bias, residual, offset=offset, stride=stride):
+            return shift_linear(x, offset, weight, bias, padding_mode, stride, activation, residual)
+
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_equal_those_of_the_steps(padding_mode, dtype, last):
+    """The same with two operators, in float64; gradients lie in memory as their inputs."""
+    for stride, activation in ((1, None), (2, "relu"), (1, "relu")):
+        x, offset, weight, bias, residual = sample((3, 9, 7, 7), 10, dtype=dtype, stride=stride)
+        if last:
+            x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+        leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+        y = shift_linear(x, offset, weight, bias, padding_mode, stride, activation, residual)
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        moved = ops.shift(wide[0], offset, padding_mode)[..., ::stride, ::stride]
+        z = F.conv2d(moved, wide[1][..., None, None], wide[2])
+        if activation:
+            # Close to zero, both must take the same side.
+            z = z * (shift_linear(x, offset, weight, bias, padding_mode, stride, activation) > 0)
+        grad = torch.randn_like(y)
+        expected = torch.autograd.grad(z + wide[3], wide, grad.double())
+        for actual, truth in zip(torch.autograd.grad(y, leaves, grad), expected, strict=True):
+            assert_near(actual / 10, truth / 10)
+        assert torch.autograd.grad(shift_linear(x, offset, weight).sum(), x)[0].stride() == x.stride()
+
+
+def test_registration_is_sound(kernels):
+    tests = ("test_schema", "test_faketensor")  # autograd is recorded by shift_linear(), not by the raw operators
+    for shape, stride, relu in (((2, 5, 6, 9), 1, True), ((2, 5, 40), 2, False), ((2, 6, 3, 5, 7), 3, False)):
+        x, offset, weight, bias, residual = sample(shape, 4, dtype=torch.float32, stride=stride)
+        step = steps(shape, stride)
+        for x_, b, r in itertools.product([*formats(x), x.mT.contiguous().mT], (bias, None), (residual, None)):
+            arguments = (x_, offset, weight, b, r, 0, step, relu)
+            torch.library.opcheck(kernels.shift_linear.default, arguments, test_utils=tests)
+        arguments = (residual, x, offset, 0, step)
+        torch.library.opcheck(kernels.shift_linear_weight.default, arguments, test_utils=tests)
+        if stride == 1:
+            torch.library.opcheck(kernels.shift_linear_input.default, (residual, offset, weight), test_utils=tests)
+
+
+def energy(x, offset, weight, bias, residual):
+    return shift_linear(x, offset, weight, bias, "zeros", 1, "relu", residual).pow(2).sum()
 
 
 @pytest.mark.slow
 def test_compiles_in_one_graph():
-    x, offset, weight, bias, residual = sample(dtype=torch.float32, residual_of=1)
-    leaves = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
-
-    def f(x, weight, bias, residual):
-        return shift_linear(x, offset, weight, bias, "reflect", 1, "relu", residual).square().sum()
-
-    torch._dynamo.reset()
-    got = torch.autograd.grad(torch.compile(f, fullgraph=True)(*leaves), leaves)
-    for a, b in zip(got, torch.autograd.grad(f(*leaves), leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    x, offset, weight, bias, residual = sample((2, 5, 6, 9), 4, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    arguments = (x, offset, weight, bias, residual)
+    expected = torch.autograd.grad(energy(*arguments), leaves)
+    compiled = torch.compile(energy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*arguments), leaves), expected)
 
 
-@pytest.mark.parametrize("dims", [(0, None, None), (None, 0, None), (1, None, 0), (0, 0, 0)], ids=str)
-def test_maps_over_inputs(dims):
-    x, offset, weight, bias, _ = sample()
-    many = [torch.stack([t, 2 * t, -t], 0 if d is None else d) for t, d in zip((x, weight, bias), dims, strict=True)]
-    inputs = [t.select(0, 0) if d is None else t for t, d in zip(many, dims, strict=True)]
-
-    def f(x, weight, bias):
-        return shift_linear(x, offset, weight, bias, activation="relu").square().sum()
-
-    slope = torch.func.grad(f, (0, 1, 2))
-    mapped = torch.func.vmap(slope, dims)(*inputs)
-    for i in range(3):
-        one = [t if d is None else t.select(d, i) for t, d in zip(inputs, dims, strict=True)]
-        for a, b in zip(mapped, slope(*one), strict=True):
-            torch.testing.assert_close(a[i], b)
+class Block(torch.nn.Module):
+    def forward(self, x, offset, weight):
+        return shift_linear(x, offset, weight, stride=2, activation="relu") + 1
 
 
-def test_autocast_is_that_of_a_linear_layer():
-    x, offset, weight, bias, residual = sample(dtype=torch.float32, residual_of=1)
+def test_exports_with_a_free_batch():
+    x, offset, weight, *_ = sample((2, 5, 6, 9), 4, dtype=torch.float32)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)}, None, None)
+    program = torch.export.export(Block(), (x, offset, weight), dynamic_shapes=shapes)
+    assert torch.ops.shiftconv.shift_linear.default in {node.target for node in program.graph.nodes}
+    x = torch.randn(7, 5, 6, 9)
+    torch.testing.assert_close(program.module()(x, offset, weight), Block()(x, offset, weight))
+
+
+def test_function_transforms():
+    x, offset, weight, bias, residual = sample((3, 2, 5, 4), 4)
+    arguments = (x, offset, weight, bias, residual)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+    expected = torch.autograd.grad(energy(leaves[0], offset, *leaves[1:]), leaves)
+    torch.testing.assert_close(torch.func.grad(energy, (0, 2, 3, 4))(*arguments), expected)
+    each = torch.func.vmap(
+        torch.func.grad(lambda x, w, r: energy(x[None], offset, w, bias, r[None]), (0, 1)), (0, None, 0)
+    )
+    per_image = each(x, weight, residual)
+    torch.testing.assert_close(per_image[0], expected[0])
+    torch.testing.assert_close(per_image[1].sum(0), expected[1])
+
+
+def test_maps_over_any_argument():
+    x, offset, weight, bias, _ = sample((4, 3, 5, 6), 2)
+    weights, offsets, batches = torch.stack([weight, -weight]), torch.stack([offset, -offset]), torch.stack([x, x + 1])
+
+    def plain(x, offset, weight):
+        return shift_linear(x, offset, weight, bias, "circular", 2, "relu")
+
+    for dims in itertools.product((0, None), repeat=3):
+        stacked = [s if d == 0 else s[0] for s, d in zip((batches, offsets, weights), dims, strict=True)]
+        if dims == (None, None, None):
+            continue
+        each = [plain(*(s[i] if d == 0 else s for s, d in zip(stacked, dims, strict=True))) for i in range(2)]
+        torch.testing.assert_close(torch.vmap(plain, dims)(*stacked), torch.stack(each))
+
+
+def test_autocast_casts_as_a_linear_layer():
+    x, offset, weight, bias, residual = sample((2, 5, 6, 9), 4, dtype=torch.float32)
+    x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = shift_linear(x, offset, weight, bias, residual=residual)
-    assert y.dtype is torch.bfloat16
-    agree(y, oracle(x, offset, weight, bias, "zeros", 1, False, residual), torch.bfloat16)
+        assert y.dtype == torch.bfloat16
+        assert shift_linear(x.double(), offset, weight.double()).dtype == torch.float64
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert_near(y, oracle(x.detach(), offset, weight, bias, "zeros", 1, False, residual))
 
 
-def test_threads_do_not_change_results():
-    x, offset, weight, bias, _ = sample((4, 48, 20, 20), 24, torch.float32)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-
-    def run():
-        y = shift_linear(leaves[0], offset, *leaves[1:], activation="relu")
-        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
-
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            found.append(run())
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+def test_threads_do_not_change_results(kernels):
+    before = torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        x, offset, weight, bias, residual = sample((4, 60, 24, 24), 70, 3, dtype)
+        try:
+            results = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                y = kernels.shift_linear(x, offset, weight, bias, residual, 0, [1, 1], True)
+                results.append([y, *kernels.shift_linear_weight(y, x, offset, 0, [1, 1])])
+                results[-1].append(kernels.shift_linear_input(y, offset, weight))
+            assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        finally:
+            torch.set_num_threads(before)
 
 
-X, W = torch.zeros(2, 3, 5, 6), torch.zeros(4, 3)
-OFFSET = torch.zeros(3, 2, dtype=torch.int64)
+X, OFFSET, WEIGHT = torch.zeros(2, 5, 6, 9), torch.zeros(5, 2, dtype=torch.long), torch.zeros(4, 5)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
+    ("change", "error", "message"),
     [
-        ((X, OFFSET.float(), W), {}, TypeError, r"integer offsets, got torch\.float32"),
-        ((X, OFFSET, [[0.0]]), {}, TypeError, "takes tensors.*got Tensor, Tensor, list"),
-        ((X.long(), OFFSET, W), {}, TypeError, r"floating dtype, got torch\.int64"),
-        (
-            (X, OFFSET, W.double()),
-            {},
-            TypeError,
-            r"dtype of x, torch\.float32, got torch\.float64",
-        ),
-        ((X, OFFSET, W[:, :2]), {}, ValueError, r"weight must be \[O, C\] with C = 3 .* got \[4, 2\]"),
-        ((X, OFFSET, W, W[0]), {}, ValueError, r"bias must be \[4\] .* got \[3\]"),
-        ((X, OFFSET[:2], W), {}, ValueError, r"\[C, D\] = \[3, 2\] .* got \[2, 2\]"),
-        ((X[0, 0], OFFSET, W), {}, ValueError, "one to three spatial axes, got 2-D"),
-        ((X, OFFSET, W), {"padding_mode": "zero"}, ValueError, "unknown padding_mode 'zero'; did you mean 'zeros'"),
-        ((X, OFFSET, W), {"activation": "rel"}, ValueError, "unknown activation 'rel'; did you mean 'relu'"),
-        ((X, OFFSET, W), {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-        ((X, OFFSET, W), {"stride": 2, "residual": X}, ValueError, r"residual must be \[2, 4, 3, 3\]"),
-        ((X, OFFSET, W.to("meta")), {}, ValueError, "weight must be on the device of x, cpu, got meta"),
+        (dict(x=None), TypeError, "takes tensors: x, offset, weight.*got NoneType, Tensor, Tensor, NoneType, NoneType"),
+        (dict(bias=[0.0] * 4), TypeError, "got Tensor, Tensor, Tensor, list"),
+        (dict(offset=OFFSET.float()), TypeError, "integer offsets, got torch.float32"),
+        (dict(offset=OFFSET.bool()), TypeError, "integer offsets, got torch.bool"),
+        (dict(offset=OFFSET.T), ValueError, r"\[C, D\] = \[5, 2\] for x \[2, 5, 6, 9\], got \[2, 5\]"),
+        (dict(offset=OFFSET.to("meta")), ValueError, "on the device of x, cpu, got meta"),
+        (dict(x=X[0, 0]), ValueError, "one to three spatial axes, got 2-D"),
+        (dict(x=X[None, None]), ValueError, "one to three spatial axes, got 6-D"),
+        (dict(x=X.long()), TypeError, "x of a floating dtype, got torch.int64"),
+        (dict(weight=WEIGHT.T), ValueError, r"weight must be \[O, C\] with C = 5 channels of x, got \[5, 4\]"),
+        (dict(weight=WEIGHT[..., None]), ValueError, r"weight must be \[O, C\]"),
+        (dict(weight=WEIGHT.double()), TypeError, "weight must have the dtype of x, torch.float32, got torch.float64"),
+        (dict(weight=WEIGHT.to("meta")), ValueError, "weight must be on the device of x, cpu, got meta"),
+        (dict(bias=torch.zeros(5)), ValueError, r"bias must be \[4\] for x \[2, 5, 6, 9\], got \[5\]"),
+        (dict(bias=torch.zeros(4).half()), TypeError, "bias must have the dtype of x"),
+        (dict(residual=torch.zeros(2, 4, 6, 9), stride=2), ValueError, r"residual must be \[2, 4, 3, 5\]"),
+        (dict(residual=torch.zeros(2, 4, 6, 1)), ValueError, r"residual must be \[2, 4, 6, 9\]"),
+        (dict(padding_mode="reflec"), ValueError, "did you mean 'reflect'"),
+        (dict(activation="gelu"), ValueError, "unknown activation 'gelu'.*relu"),
+        (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
+        (dict(stride=(1, 2, 3)), ValueError, "2 strides"),
+        (dict(stride=1.5), TypeError, "stride"),
     ],
 )
-def test_errors_name_what_was_expected_and_what_came(arguments, options, error, message):
+def test_errors_name_what_was_expected_and_what_came(change, error, message):
     with pytest.raises(error, match=message):
-        shift_linear(*arguments, **options)
+        shift_linear(**{**dict(x=X, offset=OFFSET, weight=WEIGHT), **change})
+
+
+def test_kernels_refuse_what_does_not_fit(kernels):
+    """Whoever calls the raw operators gets an error, and no crash."""
+    with pytest.raises(RuntimeError, match="expected offset"):
+        kernels.shift_linear(X, OFFSET[:4], WEIGHT, None, None, 0, [1, 1], False)
+    with pytest.raises(RuntimeError, match="expected x and weight of one dtype"):
+        kernels.shift_linear(X, OFFSET, WEIGHT.double(), None, None, 0, [1, 1], False)
+    with pytest.raises(RuntimeError, match="expected a residual"):
+        kernels.shift_linear(X, OFFSET, WEIGHT, None, X, 0, [1, 1], False)
+    with pytest.raises(RuntimeError, match="expected float"):
+        kernels.shift_linear(X.long(), OFFSET, WEIGHT.long(), None, None, 0, [1, 1], False)
+    with pytest.raises(RuntimeError, match="expected a gradient of the sizes of the result"):
+        kernels.shift_linear_weight(X, X, OFFSET, 0, [2, 1])
+    with pytest.raises(RuntimeError, match="expected weight"):
+        kernels.shift_linear_input(X, OFFSET, WEIGHT)

@@ -73,22 +73,32 @@ def shift_linear(
             a stride is no whole number.
         ValueError: shapes or devices that do not fit, or an unknown padding mode or activation.
     """
-    floats = (x, weight, bias, residual)
-    if not (isinstance(offset, Tensor) and all(isinstance(t, Tensor) for t in floats if t is not None)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        came = ", ".join(type(t).__name__ for t in (x, offset, weight, bias, residual))
-        raise TypeError(f"shift_linear takes tensors: x, offset, weight, and bias and residual or None; got {came}")
-    if torch.is_autocast_enabled(x.device.type):
+    _check_types(x, offset, weight, bias, residual)
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
         x, weight, bias, residual = _autocast(x, weight, bias, residual)
     mode, relu, axes = MODES.get(padding_mode), _ACTIVATIONS.get(activation), x.ndim - 2
     if mode is None or relu is None or not 1 <= axes <= 3 or offset.shape != (x.shape[1], axes):
         check_map("shift_linear", x, offset, padding_mode)
         raise unknown("activation", activation, [name for name in _ACTIVATIONS if name])
-    if offset.dtype is not torch.int64 or offset.device != x.device:
+    if offset.dtype is not torch.int64 or offset.device != device:
         check_map("shift_linear", x, offset, padding_mode)
         offset = _integers(offset)
     steps = _ONES[axes - 1] if stride == 1 else [*geometry(x, None, stride)[3::4]]
     _check(x, weight, bias, residual, steps)
     return apply_shift_linear(x, offset, weight, bias, residual, mode, steps, relu)
+
+
+def _check_types(x: object, offset: object, weight: object, bias: object, residual: object) -> None:
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(offset, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+        and (residual is None or isinstance(residual, Tensor))
+    ):
+        came = ", ".join(type(t).__name__ for t in (x, offset, weight, bias, residual))
+        raise TypeError(f"shift_linear takes tensors: x, offset, weight, and bias and residual or None; got {came}")
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -111,25 +121,29 @@ def _sizes(x: Tensor, weight: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int]) -> None:
-    """Whether the floating tensors fit together."""
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"shift_linear takes x of a floating dtype, got {x.dtype}")
-    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight must be [O, C] with C = {x.shape[1]} channels of x, got {[*weight.shape]}")
-    named = (
-        ("weight", weight, weight.shape),
-        ("bias", bias, weight.shape[:1]),
-        ("residual", residual, None if residual is None else _sizes(x, weight, stride)),
-    )
-    for name, tensor, expected in named:
-        if tensor is None:
-            continue
-        if tensor.dtype is not x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-        if tensor.shape != expected:
-            raise ValueError(f"{name} must be {[*(expected or ())]} for x {[*x.shape]}, got {[*tensor.shape]}")
+    """Whether the floating tensors fit together; this costs more than the call of a kernel if it is not brief."""
+    dtype, device, sizes = x.dtype, x.device, weight.shape
+    if dtype not in _DTYPES:
+        raise TypeError(f"shift_linear takes x of a floating dtype, got {dtype}")
+    if len(sizes) != 2 or sizes[1] != x.shape[1]:
+        raise ValueError(f"weight must be [O, C] with C = {x.shape[1]} channels of x, got {[*sizes]}")
+    if weight.dtype is not dtype or weight.device != device:
+        _refuse("weight", weight, x, sizes)
+    if bias is not None and (bias.dtype is not dtype or bias.device != device or bias.shape != sizes[:1]):
+        _refuse("bias", bias, x, sizes[:1])
+    if residual is not None:
+        expected = _sizes(x, weight, stride)
+        if residual.dtype is not dtype or residual.device != device or residual.shape != expected:
+            _refuse("residual", residual, x, expected)
+
+
+def _refuse(name: str, tensor: Tensor, x: Tensor, expected: Sequence[int]) -> None:
+    """Say what is wrong with one of the tensors."""
+    if tensor.dtype is not x.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    raise ValueError(f"{name} must be {[*expected]} for x {[*x.shape]}, got {[*tensor.shape]}")
 
 
 def apply_shift_linear(
@@ -195,7 +209,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_residual = grad if wants_residual else None
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    fused = _has_gradient_kernels(x)
+    fused = _has_gradient_kernels(x) and grad.numel() > 0
     grad_x = grad_weight = grad_bias = None
     if wants_x:
         grad_x = _gradient_to_x(grad, x, offset, weight, ctx.mode, ctx.stride, fused)
@@ -232,6 +246,7 @@ def _has_gradient_kernels(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous()
+        and x.numel() > 0
         and not torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
         and _AVX512

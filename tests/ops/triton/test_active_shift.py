@@ -67,15 +67,15 @@ def check(x, grad, offset, mode, window, transpose):
 def test_equals_reference(shape, crop, stride, padding_mode, transpose, both_formats):
     window = geometry(torch.empty(shape), crop, stride)
     sizes = [axis.length for axis in axes_of(torch.empty(shape), window)]
-    pairs = zip(both_formats(shape), both_formats((*shape[:2], *sizes)), strict=True)
-    for x, grad in pairs:
+    pairs = list(zip(both_formats(shape), both_formats((*shape[:2], *sizes)), strict=True))
+    for x, grad in pairs[-1:] if len(shape) == 5 else pairs[: 1 if window else 2]:
         check(x, grad, random_offset(shape), MODES[padding_mode], window, transpose)
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_every_dtype(dtype, both_formats):
-    for x, offset_dtype in itertools.product(both_formats((2, 3, 3, 4), dtype), (torch.float32, torch.float64)):
+    for x, offset_dtype in zip(both_formats((2, 3, 3, 4), dtype), (torch.float32, torch.float64), strict=True):
         check(x, x, random_offset(x.shape, offset_dtype), MODES["zeros"], PLAIN, True)
 
 
@@ -91,12 +91,13 @@ def test_any_strides_and_no_elements(both_formats):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 2.0**31, -(2.0**31)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 2.0**31, -(2.0**31)])
 def test_what_cannot_be_used_becomes_nan(wrong, both_formats):
-    for rounded, padding_mode in itertools.product((False, True), ("zeros", "reflect")):
+    for rounded, padding_mode in ((False, "zeros"), (True, "reflect")):
         x = both_formats((1, 2, 3, 2))[rounded]
-        offset = torch.tensor([[0.5, wrong], [1.5, -1.0]])
         fine = torch.tensor([[0.5, 0.0], [1.5, -1.0]])
+        offset = fine.clone()
+        offset[0, int(rounded)] = wrong
         mode = MODES[padding_mode]
         y = kernels().active_shift(x, offset, mode, rounded, 0, False)
         grad_x, grad_offset = kernels().active_shift_backward(x, x, offset, mode, rounded)
@@ -112,7 +113,7 @@ def test_several_images_a_program_and_long_indices(both_formats, monkeypatch):
     shared = importlib.import_module("shiftconv.ops.triton._work")
     monkeypatch.setattr(shared, "_ENOUGH_PROGRAMS", 2)
     monkeypatch.setattr(shared, "_INT32", 0)
-    for x, padding_mode in itertools.product(both_formats((5, 2, 3, 4)), ("zeros", "symmetric")):
+    for x, padding_mode in zip(both_formats((3, 2, 3, 4)), ("zeros", "symmetric"), strict=True):
         check(x, x.flip(0), random_offset(x.shape), MODES[padding_mode], PLAIN, True)
 
 

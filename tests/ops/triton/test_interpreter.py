@@ -1,4 +1,4 @@
-"""Runs the interpreted tests of this folder, in one process of their own."""
+"""Runs the interpreted tests of this folder, a file in a process of its own."""
 
 import os
 import subprocess
@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+HERE = Path(__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__).parent)]
+@pytest.mark.parametrize("name", sorted({path.name for path in HERE.parent.glob("test_*.py")} - {HERE.name}))
+def test_in_the_interpreter(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE.with_name(name))]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_AUTO_NUM_WORKERS": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

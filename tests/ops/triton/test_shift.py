@@ -59,9 +59,9 @@ def test_windows_equal_reference(shape, crop, stride, padding_mode, transpose, b
     sizes = [axis.length for axis in axes_of(torch.empty(shape), window)]
     for reach in (1, 9):
         offset = random_offset(shape, reach)
-        for x in both_formats((*shape[:2], *sizes) if transpose else shape):
-            y = kernel(x, offset, MODES[padding_mode], transpose, window)
-            same(y, x, offset, padding_mode, transpose, window)
+        x = both_formats((*shape[:2], *sizes) if transpose else shape)[-1 if reach == 1 else 0]
+        y = kernel(x, offset, MODES[padding_mode], transpose, window)
+        same(y, x, offset, padding_mode, transpose, window)
 
 
 @pytest.mark.interpreted

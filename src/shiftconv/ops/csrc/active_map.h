@@ -1,4 +1,4 @@
-// Along one axis: which positions of the input each position of the output reads, and which of the two taps weighs each.
+// Along one axis: which positions of the input each position of the output reads, and which of two taps weighs each.
 #pragma once
 
 #include <algorithm>
@@ -142,10 +142,10 @@ class AxisPlan {
 };
 
 // The bits of a map whose rows follow each other that a tap of the columns reads, by packs, which repeat. Without them
-// it would read the neighbouring row. At most `packs` of them.
+// it would read the neighbouring row.
 template <class T>
-std::vector<BitPack<T>> column_bits(const AxisPlan& w, int b, int64_t packs) {
-  std::vector<BitPack<T>> bits(std::clamp<int64_t>(w.count / std::gcd(w.count, pack_size<T>), 1, packs), BitPack<T>{});
+std::vector<BitPack<T>> column_bits(const AxisPlan& w, int b) {
+  std::vector<BitPack<T>> bits(w.count / std::gcd(w.count, pack_size<T>), BitPack<T>{});
   if (b >= w.taps()) return bits;
   int64_t at = w.delta() + b;
   const int64_t end = w.count + at;
@@ -155,8 +155,8 @@ std::vector<BitPack<T>> column_bits(const AxisPlan& w, int b, int64_t packs) {
   return bits;
 }
 
-// How the two taps of an axis are weighed.
-enum class Blend { linear, rounded, derivative, both };  // both: linear, and no tap is left out where its weight is zero
+// How the two taps of an axis are weighed; `both` is linear, but leaves no tap out for having no weight.
+enum class Blend { linear, rounded, derivative, both };
 
 // One axis of all channels. Channels of the same cell share a plan.
 template <class W>
@@ -191,9 +191,8 @@ class AxisPlans {
   }
 
   // If rows follow each other, for `columns`.
-  void prepare_columns(int64_t packs) {
-    for (const AxisPlan& plan : plans_)
-      columns_.push_back({column_bits<W>(plan, 0, packs), column_bits<W>(plan, 1, packs)});
+  void prepare_columns() {
+    for (const AxisPlan& plan : plans_) columns_.push_back({column_bits<W>(plan, 0), column_bits<W>(plan, 1)});
   }
   const std::array<std::vector<BitPack<W>>, 2>& columns(int64_t channel) const { return columns_[which_[channel]]; }
 

@@ -25,9 +25,10 @@ class PixelMap {
  public:
   int64_t low_row = 0, low_column = 0;  // the window's first pixel, from the output's
 
-  PixelMap(const ActiveMap<W>& map, Padding padding, bool transpose) {
+  // For blocks of `block` channels.
+  PixelMap(const ActiveMap<W>& map, int64_t block, Padding padding, bool transpose) {
     const bool folds = padding != Padding::zeros && padding != Padding::circular;
-    if (!map.plain || map.ndim != 2 || map.channels < lanes<W> || (transpose && folds)) return;
+    if (!map.plain || map.ndim != 2 || map.channels < block || (transpose && folds)) return;
     const auto [rows, first_row] = span(map.h, map.channels);
     const auto [columns, first_column] = span(map.w, map.channels);
     if (rows > window || columns > window) return;
@@ -81,8 +82,8 @@ struct PixelShape {
   int64_t image() const { return h * row(); }
 };
 
-// Rows [first, last) of an image, of a block of channels from c on, of which the block before has some. What lies `ahead`
-// elements on will be needed next.
+// Rows [first, last) of an image, of a block of channels from c on, of which the block before has some. What lies
+// `ahead` elements on will be needed next.
 struct PixelTile {
   int64_t c, shared, first, last, ahead;
 };
@@ -91,7 +92,7 @@ struct PixelTile {
 // reads to stay in the L1 cache. The last block of channels overlaps the one before if they do not fit.
 template <class T, class Body>
 void walk_tiles(const PixelShape& s, int64_t first, int64_t last, const Body& body) {
-  constexpr int64_t size = lanes<Wide<T>>, cache = 24576;
+  constexpr int64_t size = pack_size<T>, cache = 24576;
   const int64_t most = std::max<int64_t>(1, cache / (2 * s.w * 64) - 1), blocks = (s.c + size - 1) / size;
   const int64_t tiles = (last - first + most - 1) / most, rows = (last - first + tiles - 1) / tiles;
   for (; first < last; first += rows)
@@ -105,9 +106,9 @@ void walk_tiles(const PixelShape& s, int64_t first, int64_t last, const Body& bo
 
 // The rows that the window of output row `row` covers, for channels from c on.
 template <class T>
-[[gnu::noinline]] std::array<PixelRow<T>, window> window_rows(const T* image, const PixelShape& s, const PixelMap<Wide<T>>& map,
-                                            int64_t row, int64_t c) {
-  static const T zero[lanes<Wide<T>>] = {};
+[[gnu::noinline]] std::array<PixelRow<T>, window> window_rows(const T* image, const PixelShape& s,
+                                                              const PixelMap<Wide<T>>& map, int64_t row, int64_t c) {
+  static const T zero[pack_size<T>] = {};
   std::array<PixelRow<T>, window> rows;
   for (int64_t r = 0; r < window; ++r) {
     const int64_t source = map.source_row(row + r);
@@ -128,50 +129,80 @@ template <class Body>
   for (; x < width; ++x) body(x, std::false_type{});
 }
 
-// A tile of the output.
-template <class T>
-void blend_pixels(T* to, const T* from, const PixelShape& s, const PixelMap<Wide<T>>& map, PixelTile tile) {
+// A tile of the output. A pixel of no weight may not be finite: `masked`, it is left out; else the result tells whether
+// all that was written is finite.
+template <class T, bool masked>
+bool try_blend_pixels(T* to, const T* from, const PixelShape& s, const PixelMap<Wide<T>>& map, PixelTile tile) {
   using W = Wide<T>;
-  using V = Vector<W>;
-  const W *const row_weights = map.rows() + tile.c, *const column_weights = map.columns() + tile.c;
-  const V w0 = load<W>(row_weights), w1 = load<W>(row_weights + s.c), w2 = load<W>(row_weights + 2 * s.c);
-  const V u0 = load<W>(column_weights), u1 = load<W>(column_weights + s.c), u2 = load<W>(column_weights + 2 * s.c);
-  // A pixel of no weight may be infinite.
-  const Mask<W> wm0 = mask_nonzero<W>(w0), wm1 = mask_nonzero<W>(w1), wm2 = mask_nonzero<W>(w2);
-  const Mask<W> um0 = mask_nonzero<W>(u0), um1 = mask_nonzero<W>(u1), um2 = mask_nonzero<W>(u2);
+  using Masks = std::array<Mask<W>, phases<T>>;
+  std::array<Pack<T>, window> w, u;
+  std::array<Masks, window> row_mask, column_mask;
+  for (int i = 0; i < window; ++i) {
+    w[i] = load_beside<T>(map.rows() + i * s.c + tile.c);
+    u[i] = load_beside<T>(map.columns() + i * s.c + tile.c);
+    for (int f = 0; f < phases<T>; ++f) {
+      row_mask[i][f] = mask_nonzero<W>(w[i][f]);
+      column_mask[i][f] = mask_nonzero<W>(u[i][f]);
+    }
+  }
+  const auto sum = [](const Masks& mask, const Pack<T>& a, Pack<T> b, const Pack<T>& rest)
+      __attribute__((always_inline)) {
+    each_phase<T>([&](auto f) __attribute__((always_inline)) {
+      b[f] = masked ? fma<W>(mask[f], a[f], b[f], rest[f]) : fma<W>(a[f], b[f], rest[f]);
+    });
+    return b;
+  };
   const int64_t low = map.low_column, width = s.w, channels = s.c;
+  Pack<T> finite{};  // zero, or else NaN
   for (int64_t y = tile.first; y < tile.last; ++y) {
     const std::array<PixelRow<T>, window> row = window_rows(from, s, map, y, tile.c);
     const auto at = [&](int64_t x) __attribute__((always_inline)) {
-      const V a = keep<W>(wm0, w0 * load<T>(row[0].at + x * row[0].pixel));
-      const V b = fma<W>(wm1, w1, load<T>(row[1].at + x * row[1].pixel), a);
-      return fma<W>(wm2, w2, load<T>(row[2].at + x * row[2].pixel), b);
+      Pack<T> v = sum(row_mask[0], w[0], load_pack<T>(row[0].at + x * row[0].pixel), Pack<T>{});
+      v = sum(row_mask[1], w[1], load_pack<T>(row[1].at + x * row[1].pixel), v);
+      return sum(row_mask[2], w[2], load_pack<T>(row[2].at + x * row[2].pixel), v);
     };
     const auto folded = [&](int64_t place) {
       const int64_t source = map.source_column(place);
-      return source < 0 ? V{} : at(source);
+      return source < 0 ? Pack<T>{} : at(source);
     };
     T* const line = to + y * s.row() + tile.c;
-    V v0 = folded(0), v1 = folded(1);
+    Pack<T> v0 = folded(0), v1 = folded(1);
     walk_columns(width, low, [&](int64_t x, auto inside) __attribute__((always_inline)) {
       const int64_t column = x + low + 2;
-      const V v2 = inside ? at(column) : folded(x + 2);
+      const Pack<T> v2 = inside ? at(column) : folded(x + 2);
       if (inside) {
         __builtin_prefetch(row[2].at + column * row[2].pixel + tile.ahead);
         __builtin_prefetch(line + x * channels + tile.ahead);
       }
-      store<T>(line + x * channels, fma<W>(um2, u2, v2, fma<W>(um1, u1, v1, keep<W>(um0, u0 * v0))));
+      Pack<T> result = sum(column_mask[0], u[0], v0, Pack<T>{});
+      result = sum(column_mask[1], u[1], v1, result);
+      result = sum(column_mask[2], u[2], v2, result);
+      store_pack<T>(line + x * channels, result);
+      if (!masked)
+        each_phase<T>([&](auto f) __attribute__((always_inline)) {
+          finite[f] = fma<W>(result[f], Vector<W>{}, finite[f]);
+        });
       v0 = v1;
       v1 = v2;
     });
   }
+  bool all = true;
+  for (const Vector<W>& v : finite) all = all && sum_lanes<W>(v) == 0;
+  return all;
+}
+
+template <class T>
+void blend_pixels(T* to, const T* from, const PixelShape& s, const PixelMap<Wide<T>>& map, PixelTile tile) {
+  if constexpr (phases<T> == 2)  // for which there are too few mask registers
+    if (try_blend_pixels<T, false>(to, from, s, map, tile)) return;
+  try_blend_pixels<T, true>(to, from, s, map, tile);
 }
 
 // sums[(3 * r + k) * C + c] += the sum over a tile of grad times the input at place (r, k) of the window, added in
-// vectors first.
-template <class T>
-void correlate_pixels(double* sums, const T* grad, const T* from, const PixelShape& s,
-                      const PixelMap<Wide<T>>& map, PixelTile tile) {
+// vectors first; for the channels that one vector of their packs holds.
+template <class T, int phase>
+void correlate_pixels(double* sums, const T* grad, const T* from, const PixelShape& s, const PixelMap<Wide<T>>& map,
+                      PixelTile tile) {
   using W = Wide<T>;
   using V = Vector<W>;
   const int64_t low = map.low_column, width = s.w, channels = s.c;
@@ -179,7 +210,7 @@ void correlate_pixels(double* sums, const T* grad, const T* from, const PixelSha
   for (int64_t y = tile.first; y < tile.last; ++y) {
     const std::array<PixelRow<T>, window> row = window_rows(from, s, map, y, tile.c);
     const auto at = [&](int r, int64_t x) __attribute__((always_inline)) {
-      return load<T>(row[r].at + x * row[r].pixel);
+      return load_phase<T, phase>(row[r].at + x * row[r].pixel);
     };
     const auto folded = [&](int r, int64_t place) {
       const int64_t source = map.source_column(place);
@@ -191,7 +222,7 @@ void correlate_pixels(double* sums, const T* grad, const T* from, const PixelSha
     walk_columns(width, low, [&](int64_t x, auto inside) __attribute__((always_inline)) {
       const int64_t column = x + low + 2;
       const auto read = [&](int r) { return inside ? at(r, column) : folded(r, x + 2); };
-      const V a2 = read(0), b2 = read(1), c2 = read(2), g = load<T>(line + x * channels);
+      const V a2 = read(0), b2 = read(1), c2 = read(2), g = load_phase<T, phase>(line + x * channels);
       if (inside) __builtin_prefetch(row[2].at + column * row[2].pixel + tile.ahead);
       s0 = fma<W>(g, a0, s0);
       s1 = fma<W>(g, a1, s1);
@@ -208,7 +239,10 @@ void correlate_pixels(double* sums, const T* grad, const T* from, const PixelSha
   }
   const std::array<V, window * window> all{s0, s1, s2, s3, s4, s5, s6, s7, s8};
   for (const V& sum : all) {
-    for (int64_t i = tile.shared; i < lanes<W>; ++i) sums[tile.c + i] += sum[i];
+    W each[lanes<W>];
+    store<W>(each, sum);
+    for (int64_t i = tile.shared + (tile.shared + phase) % phases<T>; i < pack_size<T>; i += phases<T>)
+      sums[tile.c + i] += each[i / phases<T>];
     sums += s.c;
   }
 }

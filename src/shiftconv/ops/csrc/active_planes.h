@@ -27,9 +27,12 @@ struct ActiveMap {
         w(s[2], offset.data() + 2 * channels, channels, padding, blend[2], transpose),
         plain(s[0].plain() && s[1].plain() && s[2].plain()),
         zeros(padding == Padding::zeros) {
-    if (!plain) return;
-    // The only row of a map without other axes ends where the map does, so that its masks need not repeat.
-    w.prepare_columns(s[0].count * s[1].count * s[2].count / lanes<W> + 1);
+    if (plain && ndim > 1) w.prepare_columns();
+  }
+
+  // What a run over a whole slice keeps of its columns.
+  Columns<W> columns(int64_t channel) const {
+    return ndim > 1 ? Columns<W>(w.columns(channel)) : Columns<W>::all(w[channel].taps());
   }
 };
 
@@ -97,7 +100,7 @@ class ActivePlane {
       std::memset(to, 0, area * sizeof(W));
       return;
     }
-    blend<W>(to, area, source.data(), count, column_.data(), map_.w.columns(channel_), care);
+    blend<W>(to, area, source.data(), count, column_.data(), map_.columns(channel_), care);
   }
 
   // The columns of a row that fold; the row itself reads adjacent ones.

@@ -17,17 +17,18 @@ using Edge = std::array<BitPack<T>, 2>;
 template <class T>
 struct Program {
   std::array<int64_t, 2> distance{};
-  std::vector<Edge<T>> edges;  // of the packs that do not read both rows throughout, and of one more than there are
+  int64_t begin = 0, end = 0;  // packs that read both rows throughout
+  std::vector<Edge<T>> edges;  // of the others, and of one more pack than there are
   std::array<std::vector<BitPack<T>>, 2> columns{};  // what they keep, by tap; packs repeat
-};
-
-// Of planes that run programs: packs [begin, end) read both rows throughout, in all programs.
-template <class T>
-struct ProgramShape {
-  int64_t area, packs, begin, end;
-  BitPack<T> inside;  // of the last pack that lies in the plane
 
   bool whole(int64_t pack) const { return begin <= pack && pack < end; }
+};
+
+// Of planes that run programs.
+template <class T>
+struct ProgramShape {
+  int64_t area, packs;
+  BitPack<T> inside;  // of the last pack that lies in the plane
 };
 
 // What one channel runs.
@@ -87,22 +88,31 @@ class Programs {
   void start(Program<T>& program, const AxisPlan& h, const AxisPlan& w) {
     for (int b = 0; b < 2; ++b) {
       program.distance[b] = (h.delta() + std::min(b, h.taps() - 1)) * w.count + w.delta();
-      program.columns[b] = column_bits<T>(w, b, shape_.packs);
-      low_ = std::min(low_, program.distance[b]);
-      high_ = std::max(high_, program.distance[b]);
+      program.columns[b] = column_bits<T>(w, b);
     }
     program.edges.resize(1);
+    const auto [low, high] = std::minmax(program.distance[0], program.distance[1]);
+    set_whole(program, low, high);
+    low_ = std::min(low_, low);
+    high_ = std::max(high_, high);
+  }
+
+  // For programs that load from `low` to `high` numbers away.
+  void set_whole(Program<T>& program, int64_t low, int64_t high) const {
+    program.begin = std::clamp<int64_t>((size - 1 - low) / size, 0, shape_.packs);
+    program.end = std::clamp((shape_.area - std::max<int64_t>(high, 0)) / size, program.begin, shape_.packs);
   }
 
   void finish(int64_t planes) {
-    shape_.begin = std::min((size - 1 - low_) / size, shape_.packs);
-    shape_.end = std::clamp((shape_.area - high_) / size, shape_.begin, shape_.packs);
+    // If that costs little, all programs take the same turns, which a processor can foresee.
+    const bool alike = high_ - low_ < shape_.area / 2 || shape_.packs <= 8;
     fill(shape_.inside, 0, shape_.area - (shape_.packs - 1) * size);
     for (Program<T>& program : programs_) {
       if (program.edges.empty()) continue;
       program.edges.clear();
+      if (alike) set_whole(program, low_, high_);
       for (int64_t k = 0; k <= shape_.packs; ++k) {
-        if (shape_.whole(k)) continue;
+        if (program.whole(k)) continue;
         program.edges.push_back({});
         for (int b = 0; b < 2; ++b) {
           const int64_t at = k * size + program.distance[b];
@@ -143,9 +153,9 @@ class ColumnWalk {
 
 // Calls body(k, edge) for all packs; `edge` is that of pack k + 1, or null if that one reads both rows throughout.
 template <class T, class Body>
-[[gnu::always_inline]] inline void walk_packs(const ProgramShape<T>& shape, const Edge<T>* edge, const Body& body) {
-  const int64_t packs = shape.packs, begin = shape.begin - 1, end = shape.end - 1;
-  edge += !shape.whole(0);
+[[gnu::always_inline]] inline void walk_packs(int64_t packs, const Program<T>& program, const Body& body) {
+  const Edge<T>* edge = program.edges.data() + !program.whole(0);
+  const int64_t begin = program.begin - 1, end = program.end - 1;
   for (int64_t k = 0; k < packs;) {
     for (; begin <= k && k < end; ++k) body(k, nullptr);
     if (k < packs) body(k++, edge++);
@@ -176,8 +186,8 @@ void run_steps(T* to, const T* from, int64_t planes, const Step<T>* step, const 
       });
       return a;
     };
-    Pack<T> low = shape.whole(0) ? rows(0, nullptr) : rows(0, p.edges.data());
-    walk_packs<T>(shape, p.edges.data(), [&](int64_t k, auto edge) __attribute__((always_inline)) {
+    Pack<T> low = p.whole(0) ? rows(0, nullptr) : rows(0, p.edges.data());
+    walk_packs<T>(shape.packs, p, [&](int64_t k, auto edge) __attribute__((always_inline)) {
       prefetch(second + k * size);
       prefetch(to + k * size);
       const Pack<T> high = rows(k + 1, edge), next = next_pack<T>(low, high);
@@ -206,7 +216,7 @@ void move_steps(T* to, const T* from, int64_t planes, const Step<T>* step, const
       prefetch(source + k * size);
       prefetch(to + k * size);
       Pack<T> v = load_pack<T>(source + k * size);
-      const bool whole = shape.whole(k);
+      const bool whole = p.whole(k);
       each_phase<T>([&](auto f) __attribute__((always_inline)) {
         v[f] = columns.left(f, v[f]);
         if (!whole) v[f] = keep_bits<Wide<T>>((*edge)[0][f], v[f]);
@@ -236,10 +246,10 @@ void correlate_steps(const T* grad, const T* x, int64_t planes, const Step<T>* s
         each_phase<T>([&](auto f) __attribute__((always_inline)) { v[f] = keep_bits<W>((*edge)[a][f], v[f]); });
       return v;
     };
-    Pack<T> low0 = shape.whole(0) ? read(0, 0, nullptr) : read(0, 0, p.edges.data());
-    Pack<T> low1 = shape.whole(0) ? read(1, 0, nullptr) : read(1, 0, p.edges.data());
+    Pack<T> low0 = p.whole(0) ? read(0, 0, nullptr) : read(0, 0, p.edges.data());
+    Pack<T> low1 = p.whole(0) ? read(1, 0, nullptr) : read(1, 0, p.edges.data());
     V s00{}, s01{}, s10{}, s11{};  // by row and column
-    walk_packs<T>(shape, p.edges.data(), [&](int64_t k, auto edge) __attribute__((always_inline)) {
+    walk_packs<T>(shape.packs, p, [&](int64_t k, auto edge) __attribute__((always_inline)) {
       prefetch(row[1] + k * size);
       const Pack<T> g = load_pack<T>(grad + k * size);
       const Pack<T> high0 = read(0, k + 1, edge), high1 = read(1, k + 1, edge);
@@ -265,14 +275,14 @@ void correlate_steps(const T* grad, const T* x, int64_t planes, const Step<T>* s
   }
 }
 
-// Adjacent planes of one image, from channel c on. `room`: how many numbers may be written, of which the planes are the
-// first.
+// Adjacent planes of one image, from channel c on. `room`: how many numbers may be written, the planes being the first
+// of them.
 template <class T>
 void run_programs(T* to, int64_t room, const T* from, int64_t planes, const Programs<T>& programs, int64_t c) {
   const ProgramShape<T>& shape = programs.shape();
   const auto run = programs.single() ? move_steps<T> : run_steps<T>;
   const int64_t together = shape.packs * pack_size<T>;
-  const int64_t whole = std::clamp<int64_t>((room - together) / shape.area + 1, 0, planes);
+  const int64_t whole = room < together ? 0 : std::min((room - together) / shape.area + 1, planes);
   run(to, from, whole, programs.step(c), shape);
   if (whole == planes) return;
   std::vector<T> other(together);  // what the last pack would be written over is not ours

@@ -42,9 +42,9 @@ class Columns {
   int64_t count_, at_ = 0;
 };
 
-// How far a run may overrun what it reads and writes. Vectors are loaded whole, so what lies beyond `low` and `high` must
-// be memory of ours, up to a vector; where it is not, a run is guarded. With `spill`, the last vector is written whole,
-// over what follows.
+// How far a run may overrun what it reads and writes. Vectors are loaded whole, so what lies beyond `low` and `high`
+// must be memory of ours, up to a vector; where it is not, a run is guarded. With `spill`, the last vector is written
+// whole, over what follows.
 struct Care {
   bool guarded, spill;
 };
@@ -68,13 +68,14 @@ inline Vector<W> keep_first(Vector<W> v, int64_t count) {
 
 constexpr int64_t fetch_ahead = 4096;  // bytes
 
+// A call of a function that only prefetches would be dropped for having no effect.
 template <class T>
 [[gnu::always_inline]] inline void prefetch(const T* at) {
   __builtin_prefetch(reinterpret_cast<const char*>(at) + fetch_ahead);
 }
 
-// Walks over a run by vectors: body(i, checked), where `checked` is false_type if the vector at i and the `reach` after it
-// lie inside all sources.
+// Walks over a run by vectors: body(i, checked), where `checked` is false_type if the `reach` numbers from i on lie
+// inside all sources.
 template <int64_t step, int64_t reach, class Body>
 [[gnu::always_inline]] inline int64_t walk(int64_t i, int64_t count, int64_t first, int64_t last, const Body& body) {
   while (i < count) {
@@ -148,8 +149,8 @@ void blend(W* to, int64_t count, const Source<W>* source, int rows, const W* wei
   run(to, count, source, weight, columns, care);
 }
 
-// sums[a][b] += the sum over 0 <= i < count of grad[i] times source a at i + b. Lanes add in vectors for a while, then in
-// float64.
+// sums[a][b] += the sum over 0 <= i < count of grad[i] times source a at i + b. Lanes add in vectors for a while, then
+// in float64.
 template <class W, int rows>
 void correlate(const W* grad, int64_t count, const Source<W>* source, Columns<W> columns, bool guarded,
                double (*sums)[2]) {

@@ -22,7 +22,7 @@ int64_t output_volume(const Samplings& s) { return s[0].count * s[1].count * s[2
 // What both operators are told besides their tensors.
 struct Call {
   int64_t n, c, ndim;
-  Samplings axes;  // absent ones first
+  Samplings axes;              // absent ones first
   std::vector<double> offset;  // [3, C]
   Padding padding;
 
@@ -219,7 +219,7 @@ Tensor active_shift(Tensor x, Tensor offset, int64_t mode, bool rounded, int64_t
     const int64_t out = transpose ? input_volume(call.axes) : output_volume(call.axes);
     if (!from.channels_last) return map_planes<T>(t, f, call, map, in, out);
     if constexpr (has_programs<T>) {
-      const PixelMap<Wide<T>> pixels(map, call.padding, transpose);
+      const PixelMap<Wide<T>> pixels(map, pack_size<T>, call.padding, transpose);
       if (!pixels.empty()) return map_pixels<T>(t, f, call, pixels);
     }
     map_blocks<T>(t, f, call, map, in, out);
@@ -242,7 +242,7 @@ struct Backward {
   void planes() const {
     const int64_t count = call.n * call.c;
     const Programs<T> programs(transposed, call.n), sum_programs(forward, call.n);
-    const int64_t together = std::max<int64_t>(1, 12288 / (in * int64_t{sizeof(T)}));  // stay in the L1 cache
+    const int64_t together = std::max<int64_t>(1, 8192 / (in * int64_t{sizeof(T)}));  // stay in the L1 cache
     parallel_for(count, (2 * in + out) * sizeof(T), [&](int64_t begin, int64_t end) {
       ActivePlane<W> plane(transposed);
       ActiveSums<W> correlation(forward);
@@ -272,7 +272,8 @@ struct Backward {
 
   // Channels-last maps without scratch, if both maps allow it.
   bool pixels() const {
-    const PixelMap<W> back(transposed, call.padding, true), there(forward, call.padding, false);
+    const PixelMap<W> back(transposed, pack_size<T>, call.padding, true);
+    const PixelMap<W> there(forward, pack_size<T>, call.padding, false);
     if (back.empty() || there.empty()) return false;
     const PixelShape s{call.axes[1].size, call.axes[2].size, call.c};
     const int64_t rows = (s.h + (s.h + 15) / 16 - 1) / ((s.h + 15) / 16), bands = (s.h + rows - 1) / rows;
@@ -284,7 +285,8 @@ struct Backward {
         std::fill(sum.begin(), sum.end(), 0.0);
         walk_tiles<T>(s, first, last, [&](PixelTile tile) {
           blend_pixels<T>(grad_x + at, grad + at, s, back, tile);
-          correlate_pixels<T>(sum.data(), grad + at, x + at, s, there, tile);
+          correlate_pixels<T, 0>(sum.data(), grad + at, x + at, s, there, tile);
+          if constexpr (phases<T> == 2) correlate_pixels<T, 1>(sum.data(), grad + at, x + at, s, there, tile);
         });
         for (int64_t c = 0; c < s.c; ++c) {
           const auto derivative = derive_pixels<W>(sum.data(), forward, there, c);

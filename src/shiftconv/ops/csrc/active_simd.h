@@ -235,8 +235,8 @@ inline void store(T* to, Vector<Wide<T>> v, int64_t count) {
   std::memcpy(static_cast<void*>(to), all, count * sizeof(T));
 }
 
-// Adjacent numbers as one or two vectors. 32 numbers of bfloat16 are two vectors of float32 after one operation each, if
-// those with even and with odd indices go separate ways.
+// Adjacent numbers as one or two vectors. 32 numbers of bfloat16 become two vectors of float32 by one operation each,
+// if those with even and with odd indices go separate ways.
 #if defined(SHIFTCONV_AVX512)
 template <class T>
 constexpr int phases = std::is_same_v<T, c10::BFloat16> ? 2 : 1;
@@ -278,6 +278,27 @@ inline Pack<T> load_pack(const T* from) {
     __asm__("" : "+v"(bits));  // else the compiler loads twice, by operands in memory
     return {(V)(bits << 16), (V)(bits & 0xffff0000)};
   }
+}
+
+// One vector of a pack.
+template <class T, int phase>
+inline Vector<Wide<T>> load_phase(const T* from) {
+  return load_pack<T>(from)[phase];
+}
+
+// Numbers to compute with, which are to meet those of a pack.
+template <class T>
+inline Pack<T> load_beside(const Wide<T>* from) {
+  using W = Wide<T>;
+  Pack<T> pack;
+  if constexpr (phases<T> == 1) {
+    pack = {load<W>(from)};
+  } else {
+    W split[phases<T>][lanes<W>];
+    for (int64_t i = 0; i < pack_size<T>; ++i) split[i % phases<T>][i / phases<T>] = from[i];
+    for (int f = 0; f < phases<T>; ++f) pack[f] = load<W>(split[f]);
+  }
+  return pack;
 }
 
 template <class T>

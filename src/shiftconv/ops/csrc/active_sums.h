@@ -43,9 +43,9 @@ class ActiveSums {
       source[b] = {x + distance, -distance, area - distance, 1};
     }
     if (h.taps() == 2)
-      correlate<W, 2>(grad, area, source.data(), map_.w.columns(channel_), guarded, sums);
+      correlate<W, 2>(grad, area, source.data(), map_.columns(channel_), guarded, sums);
     else
-      correlate<W, 1>(grad, area, source.data(), map_.w.columns(channel_), guarded, sums);
+      correlate<W, 1>(grad, area, source.data(), map_.columns(channel_), guarded, sums);
   }
 
   void correlate_rows(const W* grad, const W* x, bool guarded, double (*sums)[2]) const {

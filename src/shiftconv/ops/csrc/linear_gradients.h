@@ -41,7 +41,9 @@ class LinearInputGradient {
  public:
   // `still` describes grad [N, O, *S], `p` x; weight is [C, O].
   LinearInputGradient(const LinearProblem& p, const LinearProblem& still, const T* grad, const T* weight, T* to)
-      : p_(p), still_(still), grad_(grad), weight_(weight), to_(to), all_(still), rest_(weight, p.channels, still.channels) {}
+      : p_(p), still_(still), grad_(grad), to_(to), all_(still), weight_(weight, p.channels, still.channels) {
+    for (const Offset& o : p.groups) border_.push_back(border(o));
+  }
 
   void run() const {
     const int64_t tiles = (all_.count() + strips - 1) / strips;
@@ -79,7 +81,7 @@ class LinearInputGradient {
         reader.prefetch_next(o);
       __m512 sum[block][width] = {};
       for (int64_t i = 0; i < std::min(block, p_.channels - c); ++i) target.prefetch_here(c + i);
-      multiply<T, block, width>(sum, rest_.row(c), still_.channels, panel, still_.channels);
+      multiply<T, block, width>(sum, weight_.row(c), still_.channels, panel, still_.channels);
 #pragma GCC unroll 8
       for (int i = 0; i < block; ++i)
         if (c + i < p_.channels) target.template store<width>(to_, c + i, sum[i]);
@@ -88,30 +90,51 @@ class LinearInputGradient {
 
   // Zero where no pixel of the output has read.
   void clear_border(int64_t image) const {
+    T* plane = to_ + image * p_.channels * p_.in_volume();
+    for (int64_t c = 0; c < p_.channels; ++c, plane += p_.in_volume())
+      for (const Run& run : border_[p_.of_channel[c]]) {
+        if (run.size == 1)
+          plane[run.at] = T{};
+        else
+          std::fill_n(plane + run.at, run.size, T{});
+      }
+  }
+
+  struct Run {
+    int64_t at, size;
+  };
+
+  // The pixels of a plane with this offset that no pixel of the output has read.
+  std::vector<Run> border(const Offset& o) const {
     const auto inner = [](const LinearAxis& axis, int64_t offset) {
       const int64_t begin = std::clamp<int64_t>(-offset, 0, axis.size);
       return std::pair(begin, std::max(begin, std::clamp<int64_t>(axis.size - offset, 0, axis.size)));
     };
-    for (int64_t c = 0; c < p_.channels; ++c) {
-      const Offset& o = p_.groups[p_.of_channel[c]];
-      if (o == Offset{0, 0, 0}) continue;
-      const auto d = inner(p_.d, o.d), h = inner(p_.h, o.h), w = inner(p_.w, o.w);
-      T* row = to_ + (image * p_.channels + c) * p_.in_volume();
-      for (int64_t z = 0; z < p_.d.size; ++z)
-        for (int64_t y = 0; y < p_.h.size; ++y, row += p_.w.size) {
-          const bool read = d.first <= z && z < d.second && h.first <= y && y < h.second;
-          std::fill(row, row + (read ? w.first : p_.w.size), T{});
-          if (read) std::fill(row + w.second, row + p_.w.size, T{});
-        }
-    }
+    const auto d = inner(p_.d, o.d), h = inner(p_.h, o.h), w = inner(p_.w, o.w);
+    std::vector<Run> runs;
+    const auto add = [&](int64_t begin, int64_t end) {
+      if (begin >= end) return;
+      if (!runs.empty() && runs.back().at + runs.back().size == begin)
+        runs.back().size = end - runs.back().at;
+      else
+        runs.push_back({begin, end - begin});
+    };
+    int64_t row = 0;
+    for (int64_t z = 0; z < p_.d.size; ++z)
+      for (int64_t y = 0; y < p_.h.size; ++y, row += p_.w.size) {
+        const bool read = d.first <= z && z < d.second && h.first <= y && y < h.second;
+        add(row, row + (read ? w.first : p_.w.size));
+        if (read) add(row + w.second, row + p_.w.size);
+      }
+    return runs;
   }
 
   const LinearProblem &p_, &still_;
   const T* grad_;
-  const T* weight_;
   T* to_;
   Strips all_;
-  PaddedRows<T> rest_;
+  PaddedRows<T> weight_;
+  std::vector<std::vector<Run>> border_;  // by group of channels
 };
 
 // grad_weight = grad x~', summed over images and pixels, and the sum of grad: channels of x are the lanes.
@@ -128,7 +151,7 @@ class LinearWeightGradient {
   }
 
  private:
-  static constexpr int64_t span = 128 * depth<T>;  // pixels that are summed in registers
+  static constexpr int64_t span = 64 * depth<T>;  // pixels that are summed in registers
 
   template <class Make>
   void run_with(const Make& make) const {
@@ -174,9 +197,10 @@ class LinearWeightGradient {
           const T* from = grad_ + (image * p_.outputs + o) * volume_ + pixel;
           int64_t stride = volume_;
           prefetch_rows(from + block * volume_, count);
-          const int64_t next = std::min(pixel + span, volume_ - 1);
-          for (const int64_t end = std::min<int64_t>(width * lanes, width * lanes * (b + 1) / blocks); c < end; ++c)
-            reader.prefetch_span(r.channel + c, image, next, span);
+          const bool more = pixel + span < volume_;
+          const int64_t next = more ? pixel + span : 0, next_image = std::min(p_.images - 1, image + !more);
+          for (const int64_t end = width * lanes * (b + 1) / blocks; c < end; ++c)
+            reader.prefetch_span(r.channel + c, next_image, next, std::min(span, volume_ - next) + lanes);
           if (rows < block) {
             std::fill(padded, padded + block * span, T{});
             for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * volume_, count, padded + i * span);
@@ -233,7 +257,7 @@ class LinearWeightGradient {
         for (int v = 0; v < width; ++v) {
           std::array<__m512i, lanes> row;
           const int64_t first = channel + v * lanes;
-#pragma GCC unroll 16
+#pragma GCC unroll 1
           for (int j = 0; j < lanes; ++j) row[j] = first + j < channels ? fetch(first + j)[0] : _mm512_setzero_si512();
           transpose(row);
 #pragma GCC unroll 16

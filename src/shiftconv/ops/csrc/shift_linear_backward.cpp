@@ -44,7 +44,7 @@ Tensor shift_linear_input(Tensor grad, Tensor offset, Tensor weight) {
   std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
   sizes[1] = weight.size(1);
   const Tensor to = empty_of(grad, sizes, false);
-  if (to.numel() == 0) return to;
+  STD_TORCH_CHECK(to.numel() > 0 && grad.numel() > 0, "expected maps that are not empty");
   const int64_t ones[3] = {1, 1, 1};
   const LinearProblem p(to, offset, grad.size(1), 0, ones), still(from);
   with_dtype(grad, [&](auto zero) {
@@ -57,6 +57,7 @@ Tensor shift_linear_input(Tensor grad, Tensor offset, Tensor weight) {
 std::tuple<Tensor, Tensor> shift_linear_weight(Tensor grad, Tensor x, Tensor offset, int64_t mode,
                                                std::vector<int64_t> stride) {
   check(x, offset, x.size(1));
+  STD_TORCH_CHECK(x.numel() > 0 && grad.numel() > 0, "expected maps that are not empty");
   const LinearProblem p(x, offset, grad.size(1), mode, stride.data());
   STD_TORCH_CHECK(grad.dim() == x.dim() && grad.numel() == p.images * p.outputs * p.out_volume() &&
                       grad.scalar_type() == x.scalar_type(),

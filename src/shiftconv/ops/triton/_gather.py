@@ -18,6 +18,7 @@ no vectors come of it.
 
 # Tensors inside a kernel are triton's own, which has no types for them; it knows no unpacking either.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # ruff: noqa: RUF005
 
 import triton

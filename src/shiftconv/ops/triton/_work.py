@@ -1,7 +1,7 @@
 """How the work of a shift is cut into programs of :func:`shiftconv.ops.triton._gather.gather_kernel`."""
 
 # triton does not type everything it has.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
 
 import math
 from collections.abc import Sequence

@@ -10,6 +10,7 @@ own several neighbours would not load less often, only spread each of a warp's l
 """
 
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
 
