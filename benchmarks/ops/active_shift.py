@@ -3,9 +3,12 @@
 Offsets are uniform in (-1, 1) pixels, as ``init_range=1`` starts them, zeros beyond the border; shapes as for shift.
 The copy is of the input, or of the input and then of the gradient through autograd, while the others also compute the
 gradient of their offsets. The gather form is four weighted gathers of the padded map, one per corner; ``grid_sample``
-sees every channel as an image of its own, and its grid is made anew, as offsets change in every step.
+sees every channel as an image of its own, and its grid is made anew, as offsets change in every step. The original
+(torchshifts 3.1; NCHW, float32) runs where TORCHSHIFTS_LIBRARY names its compiled C++ extension; its results are wrong
+in part, so they are not compared.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -20,6 +23,7 @@ from shiftconv.ops.active_shift import reference, reference_backward
 from shiftconv.ops.sampling import MODES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ORIGINAL = os.environ.get("TORCHSHIFTS_LIBRARY", "")
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -70,22 +74,32 @@ def cases(device: str) -> Iterator[Case]:
         yield from overhead()
 
 
+def original(active: bool) -> Operator:
+    """The original's operator on zeros padding, without cut borders."""
+    torch.ops.load_library(ORIGINAL)
+    run, whole = torch.ops.torchshifts.shift2d.default, torch.empty(0)
+    return lambda x, offset: run(x, offset, whole, 0, active)
+
+
 def directions(name: str, x: Tensor) -> Iterator[Case]:
     offset = torch.rand(x.shape[1], 2, device=x.device) * 2 - 1
     grad = torch.randn_like(x)
+    operators = dict(OPERATORS)
+    if ORIGINAL and x.dtype is torch.float32 and x.is_contiguous() and x.device.type == "cpu":
+        operators |= {"original active": original(True), "original sparse": original(False)}
 
     def check() -> None:
         for label, operator in OPERATORS.items():
             compare(label, operator, x, offset, grad)
 
     forward: dict[str, Callable[[], object]] = {BASELINE: x.clone}
-    for label, operator in OPERATORS.items():
+    for label, operator in operators.items():
         forward[label] = lambda f=operator: f(x, offset)
     yield Case(name, "forward", BASELINE, forward, check)
 
     leaf, moved = x.clone().requires_grad_(), offset.clone().requires_grad_()
     both: dict[str, Callable[[], object]] = {BASELINE: lambda: torch.autograd.grad(Copy.apply(leaf), leaf, grad)}
-    for label, operator in OPERATORS.items():
+    for label, operator in operators.items():
         both[label] = lambda f=operator: torch.autograd.grad(f(leaf, moved), (leaf, moved), grad)
     yield Case(name, "forward+backward", BASELINE, both, check)
 

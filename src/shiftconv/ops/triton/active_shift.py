@@ -45,7 +45,8 @@ def active_shift(
     x, offset = x.contiguous(memory_format=format_of(x)), offset.contiguous()
     plan = work(x, y, geometry, mode, transpose, 1 if rounded else 1 << (x.ndim - 2))
     flags = dict(plan.flags, ROUNDED=rounded, DERIVATIVE=derivative, CORRELATE=False)
-    gather_kernel[(plan.programs,)](x, y, offset, x, y, *plan.sizes, **flags)
+    with torch.cuda.device_of(x):
+        gather_kernel[(plan.programs,)](x, y, offset, x, y, *plan.sizes, **flags)
     return y
 
 
@@ -64,11 +65,11 @@ def active_shift_backward(
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     partial = torch.empty((plan.blocks, 1 << axes, x.shape[1]), dtype=kind, device=x.device)
     flags = dict(plan.flags, ROUNDED=rounded, DERIVATIVE=0, CORRELATE=True)
-    gather_kernel[(plan.programs,)](grad, grad_x, offset, x, partial, *plan.sizes, **flags)
-    offset_kernel[(triton.cdiv(x.shape[1], _CHANNELS),)](
-        partial, offset, grad_offset, plan.blocks, x.shape[1], AXES=axes, ROWS=_PARTS, COLS=_CHANNELS, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    second = dict(AXES=axes, ROWS=_PARTS, COLS=_CHANNELS, num_warps=4, enable_fp_fusion=True)
+    groups = triton.cdiv(x.shape[1], _CHANNELS)
+    with torch.cuda.device_of(x):
+        gather_kernel[(plan.programs,)](grad, grad_x, offset, x, partial, *plan.sizes, **flags)
+        offset_kernel[(groups,)](partial, offset, grad_offset, plan.blocks, x.shape[1], **second)
     return grad_x, grad_offset
 
 

@@ -34,5 +34,6 @@ def shift(x: Tensor, offset: Tensor, mode: int, transpose: bool, geometry: Seque
         source, target = source.view(moved), target.view(moved)
     offset = offset.contiguous()
     flags = dict(plan.flags, ROUNDED=False, DERIVATIVE=0, CORRELATE=False)
-    gather_kernel[(plan.programs,)](source, target, offset, source, target, *plan.sizes, **flags)
+    with torch.cuda.device_of(x):
+        gather_kernel[(plan.programs,)](source, target, offset, source, target, *plan.sizes, **flags)
     return y

@@ -54,30 +54,31 @@ def shift_linear(
     precise = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     flags = tiles(outputs, x.shape[1], precise)
     grid = (triton.cdiv(pixels, flags["PIXELS"]) * triton.cdiv(outputs, flags["OUTPUTS"]),)
-    shift_linear_kernel[grid](
-        x,
-        offset.contiguous(),
-        weight,
-        weight if bias is None else bias.contiguous(),
-        y if residual is None else residual,
-        y,
-        x.shape[0],
-        x.shape[1],
-        outputs,
-        *weight.stride(),
-        *map(tuple, axes),
-        AXES=x.ndim - 2,
-        MODE=mode,
-        WINDOW=any(step != 1 for step in stride),
-        LAST=memory_format is not torch.contiguous_format,
-        LONG=max(x.numel(), y.numel()) >= _INT32,
-        BIAS=bias is not None,
-        RELU=relu,
-        RESIDUAL=residual is not None,
-        PRECISION="ieee" if precise else "tf32",
-        UPCAST=x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,  # which multiplies raw bits
-        **flags,
-    )
+    with torch.cuda.device_of(x):
+        shift_linear_kernel[grid](
+            x,
+            offset.contiguous(),
+            weight,
+            weight if bias is None else bias.contiguous(),
+            y if residual is None else residual,
+            y,
+            x.shape[0],
+            x.shape[1],
+            outputs,
+            *weight.stride(),
+            *map(tuple, axes),
+            AXES=x.ndim - 2,
+            MODE=mode,
+            WINDOW=any(step != 1 for step in stride),
+            LAST=memory_format is not torch.contiguous_format,
+            LONG=max(x.numel(), y.numel()) >= _INT32,
+            BIAS=bias is not None,
+            RELU=relu,
+            RESIDUAL=residual is not None,
+            PRECISION="ieee" if precise else "tf32",
+            UPCAST=x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,  # which multiplies raw bits
+            **flags,
+        )
     return y
 
 
