@@ -275,7 +275,7 @@ def reference(
     y = x if x.dtype == torch.float64 else x.float()
     axes = list(enumerate(axes_of(x, window, transpose)))
     for i, axis in reversed(axes) if transpose else axes:
-        low = -offset[:, i]
+        low = -offset[:, i].to(torch.promote_types(offset.dtype, y.dtype))
         if rounded and derivative == 0:
             cell, d = low.round(), low - low  # zero, or NaN where the offset is not finite
         else:
