@@ -22,6 +22,7 @@ Source: Wu et al., "Shift", CVPR 2018, arXiv:1711.08141, sections 3 and 4.1 (its
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -344,14 +345,11 @@ def _first_call(x: Tensor, *rest: Any) -> Tensor:
     return backend.kernel("shift_linear", x.device.type, reference)(x, *rest)
 
 
-def _first_input(grad: Tensor, *rest: Any) -> Tensor:
-    run = backend.kernel("shift_linear_backward", grad.device.type, input_reference, "shift_linear_input")
-    return run(grad, *rest)
-
-
-def _first_weight(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    run = backend.kernel("shift_linear_backward", grad.device.type, weight_reference, "shift_linear_weight")
-    return run(grad, *rest)
+def _first_gradient(entry: str, reference: Any, grad: Tensor, *rest: Any) -> Any:
+    """The same for the gradients, of which there are kernels for the CPU alone."""
+    if backend.forced() == "triton":
+        return reference(grad, *rest)
+    return backend.kernel("shift_linear_backward", grad.device.type, reference, entry)(grad, *rest)
 
 
 def _fake(
@@ -378,11 +376,16 @@ for _name, _schema, _implementation, _abstract in (
         _first_call,
         _fake,
     ),
-    ("shift_linear_input", "(Tensor grad, Tensor offset, Tensor weight) -> Tensor", _first_input, _fake_input),
+    (
+        "shift_linear_input",
+        "(Tensor grad, Tensor offset, Tensor weight) -> Tensor",
+        partial(_first_gradient, "shift_linear_input", input_reference),
+        _fake_input,
+    ),
     (
         "shift_linear_weight",
         "(Tensor grad, Tensor x, Tensor offset, int mode, int[] stride) -> (Tensor, Tensor)",
-        _first_weight,
+        partial(_first_gradient, "shift_linear_weight", weight_reference),
         _fake_weight,
     ),
 ):

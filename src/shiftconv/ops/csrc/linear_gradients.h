@@ -6,35 +6,6 @@
 #if defined(SHIFTCONV_LINEAR_VECTORS)
 namespace shiftconv {
 
-// Rows and columns of a block of sixteen by sixteen lanes change places.
-inline void transpose(std::array<__m512i, lanes>& row) {
-  std::array<__m512i, lanes> t;
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    row[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    row[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    row[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    row[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {  // now row[4 i + j] has column 4 k + j of rows 4 i .. 4 i + 3 in its quarter k
-    const __m512i even_low = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    t[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-  row = t;
-}
-
 // grad_x = S' (W' grad): tiles of W' grad go where the shift has read from, and the rest of the plane is zero.
 template <class T>
 class LinearInputGradient {

@@ -203,47 +203,87 @@ template <class T>
 class GatherReader {
  public:
   GatherReader(const LinearProblem& p, const SourceTables& tables, const T* x)
-      : p_(p), tables_(tables), x_(x), volume_(p.in_volume()), groups_(static_cast<int64_t>(p.groups.size())) {
-    const int64_t per_image = (p.out_volume() + lanes - 1) / lanes;
-    keeps_ = per_image * groups_ * int64_t{sizeof(View)} <= (1 << 18);
-    views_.resize((keeps_ ? per_image : strips) * groups_);
-    loads_.assign(keeps_ ? per_image : strips, 0);
+      : p_(p), tables_(tables), x_(x), volume_(p.in_volume()), groups_(static_cast<int64_t>(p.groups.size())),
+        per_image_((p.out_volume() + lanes - 1) / lanes) {
+    keeps_ = per_image_ * groups_ * int64_t{sizeof(View)} <= (1 << 18);
+    slots_.resize(keeps_ ? per_image_ : strips);
+    views_.resize(slots_.size() * groups_);
   }
 
   template <int width>
-  void open(const std::array<Strip, width>& tile, const Strip&) {
+  void open(const std::array<Strip, width>& tile, const Strip& next) {
     for (int v = 0; v < width; ++v) {
-      slot_[v] = keeps_ ? tile[v].pixel[0] / lanes : v;
+      at_[v] = keeps_ ? tile[v].pixel[0] / lanes : v;
       base_[v] = tile[v].image[0] * p_.channels * volume_;
-      if (keeps_ && loads_[slot_[v]] != 0) continue;
-      const Places at(tile[v].pixel[0], p_);
-      int loads = 1;
-      for (int64_t g = 0; g < groups_; ++g) loads = std::max(loads, look(at, tile[v].mask[0], g, slot_[v]));
-      loads_[slot_[v]] = loads;
+      Slot& slot = slots_[at_[v]];
+      if (!keeps_ || !slot.loads) look(slot, at_[v], tile[v]);
+      const bool inside = base_[v] + (p_.channels - 1) * volume_ + slot.end <= p_.images * p_.channels * volume_;
+      loads_[v] = inside ? slot.loads : scattered;
+    }
+    next_ = next;
+  }
+
+  // Calls body(fetch, first) until all strips were fetched; fetch(channel) is what some of them read, from `first` on.
+  template <int width, class Body>
+  void read(const Body& body) const {
+    for (int v = 0; v < width; ++v) {
+      if (loads_[v] == 1)
+        read_strip<1>(v, body);
+      else if (loads_[v] == 2)
+        read_strip<2>(v, body);
+      else if (loads_[v] == 4)
+        read_strip<4>(v, body);
+      else
+        read_strip<scattered>(v, body);
     }
   }
 
-  template <int width, class Body>
-  void read(const Body& body) const {
-    read_strip<0>(body);
-    if constexpr (width > 1) read_strip<1>(body);
-    if constexpr (width > 2) read_strip<2>(body);
+  // Fetch what the next tile reads, as far as that is known.
+  void prefetch_next(int64_t c) const {
+    if (!keeps_) return;
+    int64_t slot = next_.pixel[0] / lanes, image = next_.image[0];
+    for (int v = 0; v < strips; ++v) {
+      if (slots_[slot].loads) prefetch_view(views_[slot * groups_ + p_.of_channel[c]], c, image);
+      if (++slot < per_image_) continue;
+      slot = 0;
+      image = std::min(image + 1, p_.images - 1);
+    }
   }
 
-  void prefetch_next(int64_t) const {}
-  void prefetch_span(int64_t, int64_t, int64_t, int64_t) const {}
+  // Fetch what pixels from `pixel` on will read, as far as that is known.
+  void prefetch_span(int64_t c, int64_t image, int64_t pixel, int64_t count) const {
+    if (!keeps_ || c >= p_.channels) return;
+    const int64_t end = std::min(per_image_, (pixel + count) / lanes);
+    for (int64_t slot = pixel / lanes; slot < end; ++slot)
+      if (slots_[slot].loads) prefetch_view(views_[slot * groups_ + p_.of_channel[c]], c, image);
+  }
 
  private:
-  struct View {
+  struct View {  // of a strip, by a group of channels
     __m512i index;  // of each lane, from `first` on
-    int64_t first;
-    __mmask16 valid, load[4];
+    int64_t first, span;
+    __mmask16 valid;
+  };
+  struct Slot {  // of a strip, for all groups
+    int loads = 0;
+    int64_t end = 0;  // of what is loaded, from the beginning of the plane
   };
   static constexpr int scattered = 5;
 
-  // Fill the view of one group of channels; the number of vectors that it loads.
-  int look(const Places& at, __mmask16 mask, int64_t g, int64_t slot) {
-    View& view = views_[slot * groups_ + g];
+  void look(Slot& slot, int64_t at, const Strip& strip) {
+    const Places places(strip.pixel[0], p_);
+    int64_t span = 1, first = 0;
+    for (int64_t g = 0; g < groups_; ++g) {
+      const View& view = views_[at * groups_ + g] = look(places, strip.mask[0], g);
+      span = std::max(span, view.span);
+      first = std::max(first, view.first);
+    }
+    const int64_t loads = (span + lanes - 1) / lanes;
+    slot.loads = loads <= 2 ? static_cast<int>(loads) : loads <= 4 ? 4 : scattered;
+    slot.end = first + slot.loads * lanes;
+  }
+
+  View look(const Places& at, __mmask16 mask, int64_t g) const {
     const auto source = [&](const SourceTable& table, __m512i place) {
       return _mm512_mask_i32gather_epi32(_mm512_set1_epi32(-1), mask, place, table.of_group(g), 4);
     };
@@ -252,31 +292,23 @@ class GatherReader {
     };
     const __m512i d = source(tables_.d, at.d), h = source(tables_.h, at.h), w = source(tables_.w, at.w);
     const __m512i index = _mm512_add_epi32(times(_mm512_add_epi32(times(d, p_.h.size), h), p_.w.size), w);
-    view.valid = ~_mm512_movepi32_mask(_mm512_or_si512(_mm512_or_si512(d, h), w));
-    view.first = view.valid ? _mm512_mask_reduce_min_epi32(view.valid, index) : 0;
-    const int64_t span = view.valid ? _mm512_mask_reduce_max_epi32(view.valid, index) - view.first + 1 : 0;
+    View view{index, 0, 0, static_cast<__mmask16>(~_mm512_movepi32_mask(_mm512_or_si512(_mm512_or_si512(d, h), w)))};
+    if (!view.valid) return view;
+    view.first = _mm512_mask_reduce_min_epi32(view.valid, index);
+    view.span = _mm512_mask_reduce_max_epi32(view.valid, index) - view.first + 1;
     view.index = _mm512_sub_epi32(index, _mm512_set1_epi32(static_cast<int32_t>(view.first)));
-    for (int i = 0; i < 4; ++i) view.load[i] = first_lanes(span - i * lanes);
-    const int64_t loads = (span + lanes - 1) / lanes;
-    return loads <= 2 ? static_cast<int>(loads) : loads <= 4 ? 4 : scattered;
+    return view;
   }
 
-  template <int v, class Body>
-  void read_strip(const Body& body) const {
-    const int loads = loads_[slot_[v]];
-    if (loads <= 1)
-      read_loads<v, 1>(body);
-    else if (loads == 2)
-      read_loads<v, 2>(body);
-    else if (loads == 4)
-      read_loads<v, 4>(body);
-    else
-      read_loads<v, scattered>(body);
+  void prefetch_view(const View& view, int64_t c, int64_t image) const {
+    const char* const from = reinterpret_cast<const char*>(x_ + (image * p_.channels + c) * volume_ + view.first);
+    const int64_t bytes = std::min<int64_t>(view.span, 4 * lanes) * sizeof(T);
+    for (int64_t at = 0; at < bytes + 63; at += 64) prefetch(from + at);
   }
 
-  template <int v, int loads, class Body>
-  void read_loads(const Body& body) const {
-    const View* const views = views_.data() + slot_[v] * groups_;
+  template <int loads, class Body>
+  void read_strip(int v, const Body& body) const {
+    const View* const views = views_.data() + at_[v] * groups_;
     const T* const image = x_ + base_[v];
     body([views, image, group = p_.of_channel.data(), volume = volume_](int64_t c) __attribute__((always_inline)) {
       const View& view = views[group[c]];
@@ -286,33 +318,35 @@ class GatherReader {
 
   template <int loads>
   static __m512i fetch(const View& view, const T* from) {
+    const __mmask16 all = 0xffff, valid = view.valid;
     if constexpr (loads == scattered) {
       alignas(64) int32_t index[lanes], values[lanes];
       _mm512_store_si512(index, view.index);
       for (int i = 0; i < lanes; ++i) {
         values[i] = 0;
-        if (view.valid >> i & 1) std::memcpy(&values[i], from + index[i], sizeof(T));
+        if (valid >> i & 1) std::memcpy(&values[i], from + index[i], sizeof(T));
       }
       return _mm512_load_si512(values);
     }
-    const __m512i a = load_lanes(view.load[0], from);
-    if constexpr (loads == 1) return _mm512_maskz_permutexvar_epi32(view.valid, view.index, a);
-    const __m512i b = load_lanes(view.load[1], from + lanes);
-    const __m512i low = _mm512_maskz_permutex2var_epi32(view.valid, a, view.index, b);
+    const __m512i a = load_whole(all, from);
+    if constexpr (loads == 1) return _mm512_maskz_permutexvar_epi32(valid, view.index, a);
+    const __m512i low = _mm512_maskz_permutex2var_epi32(valid, a, view.index, load_whole(all, from + lanes));
     if constexpr (loads == 2) return low;
-    const __m512i c = load_lanes(view.load[2], from + 2 * lanes), d = load_lanes(view.load[3], from + 3 * lanes);
-    const __mmask16 upper = _mm512_test_epi32_mask(view.index, _mm512_set1_epi32(2 * lanes)) & view.valid;
+    const __mmask16 upper = _mm512_test_epi32_mask(view.index, _mm512_set1_epi32(2 * lanes)) & valid;
+    const __m512i c = load_whole(all, from + 2 * lanes), d = load_whole(all, from + 3 * lanes);
     return _mm512_mask_mov_epi32(low, upper, _mm512_permutex2var_epi32(c, view.index, d));
   }
 
   const LinearProblem& p_;
   const SourceTables& tables_;
   const T* x_;
-  int64_t volume_, groups_;
+  int64_t volume_, groups_, per_image_;
   bool keeps_;  // the views of all strips of an image, which are those of every image
+  std::vector<Slot> slots_;
   std::vector<View> views_;
-  std::vector<int> loads_;
-  std::array<int64_t, strips> slot_{}, base_{};
+  std::array<int64_t, strips> at_{}, base_{};
+  std::array<int, strips> loads_{};
+  Strip next_{};
 };
 
 }  // namespace shiftconv

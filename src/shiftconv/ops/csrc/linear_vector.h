@@ -3,8 +3,12 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <new>
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
@@ -30,11 +34,12 @@ inline __m512i load_lanes(__mmask16 mask, const BFloat16* from) {
 
 // The same where all sixteen may be read: a masked load that misses the cache holds up those behind it (AMD Zen 5).
 // The loads are hidden from the compiler, which would fuse them with what follows into masked ones.
-inline __m512i load_whole(__mmask16 mask, const float* from) {
+inline __m512i load_all(const void* from) {
   __m512i bits = _mm512_loadu_si512(from);
   __asm__("" : "+v"(bits));
-  return _mm512_maskz_mov_epi32(mask, bits);
+  return bits;
 }
+inline __m512i load_whole(__mmask16 mask, const float* from) { return _mm512_maskz_mov_epi32(mask, load_all(from)); }
 inline __m512i load_whole(__mmask16 mask, const BFloat16* from) {
   __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   __asm__("" : "+v"(bits));
@@ -121,6 +126,35 @@ inline void multiply(__m512 (&sum)[rows][width], const T* a, int64_t stride, con
   const T* const end = a + count / depth<T> * depth<T>;
   for (; a < end; a += depth<T>, b += strips) step([](const T* p) { return Dot<T>::broadcast(p); });
   if (count % depth<T>) step([](const T* p) { return Dot<T>::broadcast_last(p); });
+}
+
+// Rows and columns of a block of sixteen by sixteen lanes change places.
+inline void transpose(std::array<__m512i, lanes>& row) {
+  std::array<__m512i, lanes> t;
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    row[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // now row[4 i + j] has column 4 k + j of rows 4 i .. 4 i + 3 in its quarter k
+    const __m512i even_low = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    t[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+  row = t;
 }
 
 // Memory of a thread that is kept for the next call; `slot` tells its uses apart.

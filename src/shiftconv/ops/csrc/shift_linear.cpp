@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "linear_pixels.h"
 #include "linear_plain.h"
 #include "linear_planes.h"
 #include "linear_problem.h"
@@ -50,7 +51,8 @@ template <class T>
 void run(const LinearProblem& p, const Operands& operands, bool channels_last) {
 #if defined(SHIFTCONV_LINEAR_VECTORS)
   const auto tensors = operands.as<T>();
-  if (!channels_last && std::max(p.in_volume(), p.out_volume()) < int64_t{1} << 30)  // 32-bit lanes count pixels
+  if (channels_last || p.in_volume() == 1) return LinearPixels<T>(p, tensors).run();
+  if (std::max(p.in_volume(), p.out_volume()) < int64_t{1} << 30)  // 32-bit lanes count pixels
     return LinearPlanes<T>(p, tensors).run();
 #endif
   run_plain<T, float>(p, operands, channels_last);
