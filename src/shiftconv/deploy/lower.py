@@ -67,6 +67,8 @@ def _form(module: fx.GraphModule, node: fx.Node) -> tuple[nn.Module, Sequence[An
         return None
     schema = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
     named: dict[str, Any] = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
+    if "offset" not in named:
+        return None
     offset, x = _known(module, named["offset"]), named["x"].meta.get("val", node.meta.get("val"))
     if offset is None or x is None or named.get("transpose") or named.get("derivative"):
         return None

@@ -1,8 +1,19 @@
 """Floor 1: functions on tensors, one file per operator; :mod:`shiftconv.ops.backend` picks the kernel that runs."""
 
 from shiftconv.ops.active_shift import active_shift, sparse_shift
+from shiftconv.ops.cross_conv import cross_conv
+from shiftconv.ops.depthwise import depthwise_conv
 from shiftconv.ops.sampling import PaddingMode
 from shiftconv.ops.shift import shift, shift_
 from shiftconv.ops.shift_linear import shift_linear
 
-__all__ = ["PaddingMode", "active_shift", "shift", "shift_", "shift_linear", "sparse_shift"]
+__all__ = [
+    "PaddingMode",
+    "active_shift",
+    "cross_conv",
+    "depthwise_conv",
+    "shift",
+    "shift_",
+    "shift_linear",
+    "sparse_shift",
+]
