@@ -2,6 +2,7 @@
 
 from shiftconv.nn.emulate import emulate_depthwise
 from shiftconv.nn.fold import PartialShift1d, PartialShift2d, PartialShift3d, fold_shift, fold_shifts
+from shiftconv.nn.large_kernel import LargeKernelConv2d
 from shiftconv.nn.learned_shift import (
     ActiveShift1d,
     ActiveShift2d,
@@ -34,6 +35,7 @@ __all__ = [
     "GroupShift1d",
     "GroupShift2d",
     "GroupShift3d",
+    "LargeKernelConv2d",
     "OnlineTemporalShift",
     "PartialShift1d",
     "PartialShift2d",
