@@ -1,6 +1,6 @@
 """Floor 1: functions on tensors, one file per operator; :mod:`shiftconv.ops.backend` picks the kernel that runs."""
 
-from shiftconv.ops import flops as _flops  # noqa: F401  registers the formulas with torch's counter
+from shiftconv.ops import flops as _flops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers formulas
 from shiftconv.ops.active_shift import active_shift, sparse_shift
 from shiftconv.ops.cross_conv import cross_conv
 from shiftconv.ops.depthwise import depthwise_conv

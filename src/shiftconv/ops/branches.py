@@ -86,6 +86,8 @@ class _Sum(torch.autograd.Function):
                 grads_x = [apply_sum([grad], weight, None, ctx.padding, not ctx.transpose)]
             else:
                 grads_x = apply_each(grad, weight, ctx.padding, not ctx.transpose)
+            # A gradient of one pixel is dense in both formats and tells nothing of the one that is wanted.
+            grads_x = [g.contiguous(memory_format=ctx.format) for g in grads_x]
         if any(wants[ctx.maps :]):
             pair = ([grad], x) if ctx.transpose else (x, [grad])
             grads_weight = _weight_of_all(pair, len(weight), ctx.padding)
@@ -130,7 +132,10 @@ class _Each(torch.autograd.Function):
         x, *weight = ctx.saved_tensors
         wants_x, *wants = ctx.needs_input_grad[2:]
         dense = [grad.contiguous(memory_format=ctx.format) for grad in grads]
-        grad_x = apply_sum(dense, weight, None, ctx.padding, not ctx.transpose) if wants_x else None
+        grad_x = None
+        if wants_x:
+            grad_x = apply_sum(dense, weight, None, ctx.padding, not ctx.transpose)
+            grad_x = grad_x.contiguous(memory_format=ctx.format)
         grads_weight: Sequence[Tensor | None] = [None] * len(weight)
         if any(wants):
             pair = (dense, [x]) if ctx.transpose else ([x], dense)

@@ -83,6 +83,8 @@ def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps
         (size + sum(side) - taps) // step + 1
         for size, side, taps, step in zip(x.shape[2:], sides, weight.shape[2:], steps, strict=True)
     ]
+    grow = [-size % step for size, step in zip(x.shape[2:], steps, strict=True)]
+    x = F.pad(x, (0, grow[1], 0, grow[0])) if any(grow) else x  # so that all phases are of one size
     for a in range(min(steps[0], weight.shape[2])):
         for b in range(min(steps[1], weight.shape[3])):
             kernel = weight[:, :, a :: steps[0], b :: steps[1]]
@@ -90,7 +92,7 @@ def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps
             pads: list[int] = []
             for axis, tap in enumerate((a, b)):
                 ahead, first = divmod(tap - sides[axis][0], steps[axis])
-                size = -(-(x.shape[2 + axis] - first) // steps[axis])
+                size = x.shape[2 + axis] // steps[axis]
                 phase.append(first)
                 pads += [-ahead, counts[axis] - 1 + kernel.shape[2 + axis] + ahead - size]
             maps.append(x[:, :, phase[0] :: steps[0], phase[1] :: steps[1]])

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import shiftconv.ops.branches
-import shiftconv.ops.shift_linear  # noqa: F401  both define operators
+import shiftconv.ops.branches  # pyright: ignore[reportUnusedImport]  # defines operators, as the next one does
+import shiftconv.ops.shift_linear  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 Shape = Sequence[int]
 
