@@ -38,6 +38,7 @@ class Case(NamedTuple):
     check: Callable[[], None]
 
 
+_CASE_S = 6.0  # a case whose candidates take long has fewer rounds, but five at least
 Timer = Callable[[dict[str, Callable[[], object]], int], dict[str, list[float]]]
 
 
@@ -45,12 +46,15 @@ def measure(candidates: dict[str, Callable[[], object]], rounds: int, round_s: f
     """Seconds per call of each candidate, one number a round."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     calls: dict[str, int] = {}
+    whole = 0.0
     for name, run in candidates.items():
-        run()
         run()
         start = clock()
         run()
-        calls[name] = max(1, round(round_s / max(clock() - start, 1e-6)))
+        took = max(clock() - start, 1e-6)
+        calls[name] = max(1, round(round_s / took))
+        whole += calls[name] * took
+    rounds = max(min(rounds, 5), min(rounds, int(_CASE_S / whole)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
