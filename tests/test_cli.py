@@ -181,6 +181,9 @@ def test_list_and_doctor(run):
     _, out, _ = run("doctor")
     assert "cache folder" in out
     assert "shift" in out
+    _, out, _ = run("doctor", "--op", "depthwise_conv")
+    assert "51x51 at 56 px, NCHW" in out
+    assert "fft" in out
 
 
 def test_output_may_be_cut_short():

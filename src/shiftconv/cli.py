@@ -182,13 +182,13 @@ def doctor(op: str | None = None) -> None:
     """Tell what this machine has, what was compiled, and which kernel will run for which operator, and why.
 
     Args:
-        op: only this operator.
+        op: only this operator; of depthwise_conv and cross_conv it also tells which code takes typical shapes.
     """
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    from shiftconv.ops import backend
+    from shiftconv.ops import backend, depthwise_paths
 
     machine = Table("machine", "", box=SIMPLE, show_edge=False)
     for fact, value in backend.environment().items():
@@ -197,6 +197,11 @@ def doctor(op: str | None = None) -> None:
     for choice in backend.explain(op):
         kernels.add_row(choice.op, choice.device, choice.backend, Text(choice.reason, overflow="fold"))
     _show(machine, "", kernels)
+    if op in backend.SHARED:
+        paths = Table("float32 on the CPU", "takes", "because", box=SIMPLE, show_edge=False)
+        for call, path in depthwise_paths.explain("cpu"):
+            paths.add_row(call, path.name, path.reason)
+        _show("", paths)
 
 
 # list_, count_ and convert_ share no name with a public function, which jsonargparse would import to compare the two.

@@ -278,9 +278,21 @@ def test_fft_equals_the_convolution(transpose, dtype):
     close(y, depthwise_paths.sum_by_torch([x], weights, None, [8, 4, 4, 4, 3, 2, 7, 7], transpose), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_fft_equals_the_gradient(dtype):
+    x, *weights, _ = sample((2, 3, 19, 23), (13, 9), (6, 15), dtype=dtype)
+    pads = [8, 4, 4, 4, 3, 2, 7, 7]
+    grads = [torch.randn_like(y) for y in apply_each(x, weights, pads)]
+    for maps in ([x], [x, 2 * x]):
+        actual = depthwise_paths.weight_by_fft(maps, grads, pads)
+        for kernel, truth in zip(actual, depthwise_paths.weight_by_torch(maps, grads, pads), strict=True):
+            close(kernel / 20, truth / 20, dtype)
+
+
 def test_a_large_dense_kernel_on_a_large_map_goes_through_spectra():
     x, weight, bias = sample((1, 2, 130, 140), (63, 63), dtype=torch.float32)
-    assert depthwise_paths.choose(x, [(63, 63)]).name == "fft"
+    call = depthwise_paths.Call("cpu", torch.float32, 130, 140, False, [(63, 63)])
+    assert depthwise_paths.choose(call).name == "fft"
     truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=31, groups=2)
     close(ops.depthwise_conv(x, weight, bias, 31), truth, torch.float32)
 

@@ -38,6 +38,9 @@ BACKENDS = ("reference", "native", "triton")
 DEVICES = ("cpu", "cuda")
 VARIABLE = "SHIFTCONV_BACKEND"
 
+# Operators whose kernels are in files that several share.
+SHARED = {name: ("depthwise", "depthwise_weight") for name in ("cross_conv", "depthwise_conv")}
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -70,9 +73,10 @@ def explain(op: str | None = None, device: str | None = None) -> list[Choice]:
         ValueError: no such operator.
     """
     known = operators()
-    if op is not None and op not in known:
-        raise unknown("operator", op, known)
-    return [_foresee(o, d) for o in ([op] if op else known) for d in ([device] if device else DEVICES)]
+    if op is not None and op not in (*known, *SHARED):
+        raise unknown("operator", op, (*SHARED, *known))
+    names = known if op is None else SHARED.get(op, (op,))
+    return [_foresee(name, d) for name in names for d in ([device] if device else DEVICES)]
 
 
 def _foresee(op: str, device: str) -> Choice:

@@ -14,6 +14,7 @@ fft       ``torch.fft``, for dense kernels on large maps, where it needs fewer o
 # torch does not type everything it returns.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,13 @@ from shiftconv.ops.sampling import format_of
 
 Pads = Sequence[int]  # top, bottom, left, right of every branch
 
+Size = tuple[int, int]  # height and width of a kernel
+
 _CLIFF = 14  # oneDNN leaves its depthwise kernels for kernels this wide in NCHW
+_LANES = 16  # up to this side our kernels put channels into the lanes of a vector, so layouts make no difference
+_PAIRS_PER_POINT = 900  # our float32 kernel meets so many in the time that transforms take for a point of the period
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # here, as the compiler cannot trace the question
+_SPECTRUM = 1 << 21  # numbers in a spectrum: a few megabytes
 
 
 class Path(NamedTuple):
@@ -36,44 +43,96 @@ class Path(NamedTuple):
     reason: str
 
 
-def choose(x: Tensor, sizes: Sequence[tuple[int, int]], gradient: bool = False) -> Path:
-    """The path for kernels of ``sizes`` (height, width) on a map like ``x`` ``[N, C, H, W]``.
+class Call(NamedTuple):
+    """What the choice of a path depends on; ``gradient`` tells that the gradient to the kernels is wanted."""
 
-    Args:
-        x: the map, of which only sizes, dtype, device and memory format count.
-        sizes: of the kernels.
-        gradient: whether their gradient is wanted rather than a map.
-    """
+    device: str
+    dtype: torch.dtype
+    height: int
+    width: int
+    channels_last: bool
+    kernels: Sequence[Size]
+    gradient: bool = False
+
+
+def choose(call: Call) -> Path:
+    """The path of a call, from what was measured; see the page about kernels."""
     forced = backend.forced()
     if forced:
         return Path("torch" if forced == "reference" else "direct", f"{backend.VARIABLE}={forced}")
-    if x.device.type == "cpu":
-        return _choose_on_cpu(x, sizes, gradient)
-    if x.device.type == "cuda":
-        return _choose_on_cuda(x, sizes, gradient)
-    return Path("torch", f"there is no kernel for {x.device.type}")
+    if call.device == "cpu":
+        return _choose_on_cpu(call)
+    if call.device == "cuda":
+        return _choose_on_cuda(call)
+    return Path("torch", f"there is no kernel for {call.device}")
 
 
-def _choose_on_cpu(x: Tensor, sizes: Sequence[tuple[int, int]], gradient: bool) -> Path:
-    taps = max(kh * kw for kh, kw in sizes)
-    pixels = x.shape[2] * x.shape[3]
-    if not gradient and pixels >= 128 * 128 and taps >= 61 * 61:
+def _choose_on_cpu(call: Call) -> Path:
+    if _spectra_win(call):
         return Path("fft", "a dense kernel on a large map needs fewer operations as a product of spectra")
-    return Path("direct", "our kernel is the faster one here")
+    if call.channels_last and len(call.kernels) == 1 and call.dtype in (torch.float32, torch.bfloat16):
+        taps = max(kh * kw for kh, kw in call.kernels)
+        small = call.height * call.width <= _LANES * _LANES
+        if call.gradient and call.kernels[0][1] <= 3 and taps <= 33 and not small:
+            return Path("torch", "oneDNN is faster at the gradient of a narrow kernel in channels_last")
+        few = (9 if call.dtype is torch.float32 else 25) if small else 49
+        if not call.gradient and taps <= few:
+            return Path("torch", "oneDNN is faster at few taps in channels_last")
+    return Path("direct", "our kernel is the faster one")
 
 
-def _choose_on_cuda(x: Tensor, sizes: Sequence[tuple[int, int]], gradient: bool) -> Path:
-    longest = max(max(size) for size in sizes)
-    if longest <= 5 and len(sizes) == 1 and x.itemsize == 2:
+def _spectra_win(call: Call) -> bool:
+    """Whether a transform of all pixels takes less time than the taps; the rates are those of one thread."""
+    sides = call.height, call.width
+    if max(min(size) for size in call.kernels) < 31 or min(sides) < 64:
+        return False
+    pairs = sum(_pairs(sides[0], kh) * _pairs(sides[1], kw) for kh, kw in call.kernels)
+    periods = (_smooth(side + max(size[axis] for size in call.kernels)) for axis, side in enumerate(sides))
+    rate = _PAIRS_PER_POINT * (2 if call.dtype.itemsize == 2 else 1)
+    return pairs > (rate if _AVX512 else rate // 2) * math.prod(periods)
+
+
+def _pairs(size: int, taps: int) -> int:
+    """How many pairs of an output and an input that it reads there are along one axis, with centred padding."""
+    return sum(max(size - abs(tap - taps // 2), 0) for tap in range(taps))
+
+
+def _choose_on_cuda(call: Call) -> Path:
+    longest = max(max(size) for size in call.kernels)
+    if longest <= 5 and len(call.kernels) == 1 and call.dtype.itemsize == 2 and not call.gradient:
         return Path("torch", "cuDNN has tensor-core kernels for 3x3 and 5x5")
     return Path("direct", "cuDNN and torch run kernels of this size on general-purpose units")
+
+
+def _call(x: Tensor, kernels: Sequence[Size], gradient: bool = False) -> Call:
+    last = format_of(x) is torch.channels_last
+    return Call(x.device.type, x.dtype, x.shape[2], x.shape[3], last, kernels, gradient)
+
+
+def explain(device: str) -> list[tuple[str, Path]]:
+    """The path of typical float32 calls on a device, each described in a few words."""
+    rows: list[tuple[str, Path]] = []
+    for kernels, side, last, gradient in (
+        ([(51, 51)], 56, False, False),
+        ([(51, 5), (5, 51), (5, 5)], 56, False, False),
+        ([(7, 7)], 56, False, False),
+        ([(7, 7)], 56, True, False),
+        ([(7, 7)], 56, True, True),
+        ([(3, 3)], 56, True, True),
+        ([(63, 63)], 224, False, False),
+    ):
+        what = "gradient of " if gradient else ""
+        sizes = " + ".join(f"{kh}x{kw}" for kh, kw in kernels)
+        call = Call(device, torch.float32, side, side, last, kernels, gradient)
+        rows.append((f"{what}{sizes} at {side} px, {'channels_last' if last else 'NCHW'}", choose(call)))
+    return rows
 
 
 def run_sum(
     x: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None, padding: Pads, transpose: bool
 ) -> Tensor:
     """``shiftconv::depthwise_sum`` on the path that suits the call."""
-    path = choose(x[0], _sizes(weight)).name
+    path = choose(_call(x[0], _sizes(weight))).name
     if path == "fft":
         return sum_by_fft(x, weight, bias, padding, transpose)
     return (direct_sum if path == "direct" else sum_by_torch)(x, weight, bias, padding, transpose)
@@ -81,7 +140,7 @@ def run_sum(
 
 def run_each(x: Tensor, weight: Sequence[Tensor], padding: Pads, transpose: bool) -> list[Tensor]:
     """``shiftconv::depthwise_each`` on the path that suits the call."""
-    path = choose(x, _sizes(weight)).name
+    path = choose(_call(x, _sizes(weight))).name
     if path == "fft":
         pads = _split(padding)
         return [sum_by_fft([x], [w], None, p, transpose) for w, p in zip(weight, pads, strict=True)]
@@ -91,7 +150,9 @@ def run_each(x: Tensor, weight: Sequence[Tensor], padding: Pads, transpose: bool
 def run_weight(x: Sequence[Tensor], grad: Sequence[Tensor], padding: Pads) -> list[Tensor]:
     """``shiftconv::depthwise_weight`` on the path that suits the call."""
     sizes = [kernel_size(x[b % len(x)], grad[b % len(grad)], p) for b, p in enumerate(_split(padding))]
-    path = choose(x[0], sizes, gradient=True).name
+    path = choose(_call(x[0], sizes, gradient=True)).name
+    if path == "fft":
+        return weight_by_fft(x, grad, padding)
     return (direct_weight if path == "direct" else weight_by_torch)(x, grad, padding)
 
 
@@ -153,6 +214,12 @@ def weight_by_torch(x: Sequence[Tensor], grad: Sequence[Tensor], padding: Pads) 
             results.append(source.new_zeros((channels, 1, kh, kw)))
             continue
         top, bottom, left, right = pads
+        if (top, left) == (bottom, right) and min(top, left) >= 0 and channels > 1 and images > 0:
+            # Not for one channel: torch 2.15 writes beyond its memory there.
+            rest = (None, [1, 1], [top, left], [1, 1], False, [0, 0], channels, [False, True, False])
+            kernel = source.new_empty((channels, 1, kh, kw))
+            results.append(torch.ops.aten.convolution_backward(to, source, kernel, *rest)[1])
+            continue
         padded = F.pad(source.to(wide), (left, right, top, bottom))
         rows = padded.transpose(0, 1).reshape(1, channels * images, *padded.shape[2:])
         filters = to.to(wide).transpose(0, 1).contiguous()
@@ -225,7 +292,24 @@ def sum_by_fft(
     return y
 
 
-_SPECTRUM = 1 << 21  # numbers in a spectrum: a few megabytes
+def weight_by_fft(x: Sequence[Tensor], grad: Sequence[Tensor], padding: Pads) -> list[Tensor]:
+    """``depthwise_weight`` by products of spectra, summed over the images before they are transformed back."""
+    results: list[Tensor] = []
+    for b, pads in enumerate(_split(padding)):
+        source, to = x[b % len(x)], grad[b % len(grad)]
+        kh, kw = kernel_size(source, to, pads)
+        wide = _summable(source.dtype)
+        period = (_smooth(to.shape[2] + kh), _smooth(to.shape[3] + kw))
+        period = (max(period[0], _smooth(source.shape[2])), max(period[1], _smooth(source.shape[3])))
+        kernel = source.new_empty((source.shape[1], 1, kh, kw))
+        step = max(1, _SPECTRUM // (max(source.shape[0], 1) * period[0] * period[1]))
+        for c in range(0, source.shape[1], step):
+            part = slice(c, c + step)
+            first, second = (torch.fft.rfft2(t[:, part].to(wide), s=period) for t in (source, to))
+            lags = torch.fft.irfft2((first * second.conj()).sum(0), s=period)
+            kernel[part, 0] = lags.roll((pads[0], pads[2]), (1, 2))[:, :kh, :kw].to(source.dtype)
+        results.append(kernel)
+    return results
 
 
 def _placed(kernel: Tensor, pads: Pads, period: Sequence[int]) -> Tensor:
