@@ -12,11 +12,22 @@ PUBLIC = {
     "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "throughput",
     "__version__",
 }  # fmt: skip
-OPS = {"active_shift", "cross_conv", "depthwise_conv", "shift", "shift_", "shift_linear", "sparse_shift", "PaddingMode"}
+OPS = {
+    "active_shift",
+    "compose",
+    "cross_conv",
+    "depthwise_conv",
+    "shift",
+    "shift_",
+    "shift_linear",
+    "shift_sum",
+    "sparse_shift",
+    "PaddingMode",
+}
 NN = {
     *(f"{kind}Shift{n}d" for kind in ("", "Group", "Sparse", "Active", "Partial") for n in (1, 2, 3)),
     "AxialShift2d", "FourConnectedShift2d", "SpatialShift2d", "TemporalShift", "OnlineTemporalShift", "ShiftLinear",
-    "LargeKernelConv2d",
+    "LargeKernelConv2d", "ShiftwiseConv2d",
     "emulate_depthwise", "fold_shift", "fold_shifts",
     "FreezeOffsets", "freeze_offsets", "lattice_penalty", "normalize_offset_gradients", "offset_groups",
     "offset_parameters", "offset_penalty",

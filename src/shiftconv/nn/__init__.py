@@ -23,6 +23,7 @@ from shiftconv.nn.offsets import (
 from shiftconv.nn.presets import AxialShift2d, FourConnectedShift2d, SpatialShift2d
 from shiftconv.nn.shift import GroupShift1d, GroupShift2d, GroupShift3d, Shift1d, Shift2d, Shift3d
 from shiftconv.nn.shift_linear import ShiftLinear
+from shiftconv.nn.shiftwise import ShiftwiseConv2d
 from shiftconv.nn.temporal import OnlineTemporalShift, TemporalShift
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Shift2d",
     "Shift3d",
     "ShiftLinear",
+    "ShiftwiseConv2d",
     "SparseShift1d",
     "SparseShift2d",
     "SparseShift3d",

@@ -39,7 +39,7 @@ DEVICES = ("cpu", "cuda")
 VARIABLE = "SHIFTCONV_BACKEND"
 
 # Operators whose kernels are in files that several share.
-SHARED = {name: ("depthwise", "depthwise_weight") for name in ("cross_conv", "depthwise_conv")}
+SHARED = dict.fromkeys(("cross_conv", "depthwise_conv"), ("depthwise", "depthwise_weight"))
 
 P = ParamSpec("P")
 R = TypeVar("R")
