@@ -1,5 +1,7 @@
 """Build, cache and load the C++ kernels: one shared library per operator, from ``csrc/<op>.cpp``.
 
+Parts of a large one are in files ``csrc/<op>.<part>.cpp``, which are compiled side by side.
+
 They stand on LibTorch's stable ABI, so a build takes seconds and needs a C++20 compiler, but no headers of Python.
 A library is compiled at the first use on a machine and kept in a cache folder, under a name that is a digest of all it
 depends on. Processes that start together compile once; nothing half-written is ever visible under its final name.
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,7 +67,12 @@ def _answer(*command: str) -> str:
 
 def operators() -> list[str]:
     """Names of the operators that have a C++ kernel."""
-    return sorted(path.stem for path in SOURCES.glob("*.cpp"))
+    return sorted(path.stem for path in SOURCES.glob("*.cpp") if "." not in path.stem)
+
+
+def _units(op: str) -> list[Path]:
+    """The files that are compiled for ``op``."""
+    return [SOURCES / f"{op}.cpp", *sorted(SOURCES.glob(f"{op}.*.cpp"))]
 
 
 @functools.cache
@@ -81,16 +89,16 @@ def is_built(op: str) -> bool:
 def _digest(op: str) -> str:
     """Digest of what a build depends on: sources, flags, torch, compiler and the processor's instruction set."""
     digest = hashlib.sha256()
-    for path in _sources(SOURCES / f"{op}.cpp"):
+    for path in _sources(_units(op)):
         digest.update(path.read_bytes())
     for part in (torch.__version__, compiler_version(), *compiler(), *_flags(native_code=True), *processor()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()[:24]
 
 
-def _sources(path: Path) -> list[Path]:
-    """``path`` and the files of ours that it includes, directly or not, each once."""
-    found = [path]
+def _sources(units: list[Path]) -> list[Path]:
+    """``units`` and the files of ours that they include, directly or not, each once."""
+    found = [*units]
     for file in found:  # grows as it goes
         names = re.findall(r'^#include "(\w+\.h)"', file.read_text(), re.MULTILINE)
         found += [p for name in names if (p := SOURCES / name) not in found]
@@ -200,18 +208,35 @@ def build(op: str) -> Path:
 
 def _compile(op: str, target: Path) -> None:
     """Run the compiler, for this very processor if it can."""
+    units = [str(unit) for unit in _units(op)]
+    objects = [f"{target}.{i}.o" for i in range(len(units))]
     refused = ""
     for native_code in (True, False):
-        command = [*compiler(), str(SOURCES / f"{op}.cpp"), "-o", str(target), *_flags(native_code)]
+        flags = _flags(native_code)
+        if len(units) == 1:
+            refused = _refused(op, [[*compiler(), *units, "-o", str(target), *flags]])
+        else:
+            pairs = zip(units, objects, strict=True)
+            refused = _refused(op, [[*compiler(), "-c", unit, "-o", part, *flags] for unit, part in pairs])
+            refused = refused or _refused(op, [[*compiler(), *objects, "-o", str(target), *flags]])
+        if not refused:
+            return
+    lines = [line for line in refused.splitlines() if "error" in line] or refused.splitlines()
+    raise NativeError(f"{compiler()[0]} could not compile the {op} kernel: {lines[0]}")
+
+
+def _refused(op: str, commands: list[list[str]]) -> str:
+    """Run the commands side by side; what the first one that failed has said, or nothing if all went well."""
+
+    def run(command: list[str]) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NativeError(f"{compiler()[0]} could not compile the {op} kernel: {error}") from error
-        if done.returncode == 0:
-            return
-        refused = done.stderr.strip()
-    lines = [line for line in refused.splitlines() if "error" in line] or refused.splitlines() or ["no message"]
-    raise NativeError(f"{compiler()[0]} could not compile the {op} kernel: {lines[0]}")
+        return "" if done.returncode == 0 else done.stderr.strip() or "no message"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return next((text for text in pool.map(run, commands) if text), "")
 
 
 def _seal(path: Path) -> Path:

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -96,11 +95,9 @@ inline Vector<Wide<T>> load(const T* from) {
 #if defined(SHIFTCONV_CHANNELS_AVX512)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   if constexpr (std::is_same_v<T, c10::BFloat16>) return (Vector<W>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-  if constexpr (std::is_same_v<T, c10::Half>) return (Vector<W>)_mm512_cvtph_ps(bits);
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(__AVX2__)
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   if constexpr (std::is_same_v<T, c10::BFloat16>) return (Vector<W>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-  if constexpr (std::is_same_v<T, c10::Half>) return (Vector<W>)_mm256_cvtph_ps(bits);
 #else
   for (int64_t i = 0; i < width<W>; ++i) v[i] = static_cast<W>(from[i]);
 #endif
@@ -120,21 +117,16 @@ inline void store(T* to, Vector<Wide<T>> v) {
     return;
   }
 #if defined(SHIFTCONV_CHANNELS_AVX512)
-  __m256i bits{};
-  if constexpr (std::is_same_v<T, c10::BFloat16>)
-    bits = _mm512_cvtepi32_epi16((__m512i)(rounded(v) >> 16));
-  else if constexpr (std::is_same_v<T, c10::Half>)
-    bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  if constexpr (sizeof(T) == 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
-#elif defined(__AVX2__) && defined(__F16C__)
-  __m128i bits{};
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const __m256i bits = _mm512_cvtepi32_epi16((__m512i)(rounded(v) >> 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     const __m256i high = (__m256i)(rounded(v) >> 16);
-    bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-  } else if constexpr (std::is_same_v<T, c10::Half>) {
-    bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
   }
-  if constexpr (sizeof(T) == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
 #else
   if constexpr (sizeof(T) == 2)
     for (int64_t i = 0; i < width<float>; ++i) to[i] = static_cast<T>(static_cast<float>(v[i]));

@@ -1,9 +1,9 @@
 // Gradients of depthwise convolutions to their kernels on the CPU: shiftconv::depthwise_weight_direct.
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "depthwise_lanes.h"
@@ -21,7 +21,6 @@ void with_dtype(const Tensor& x, const Run& run) {
   switch (x.scalar_type()) {
     case ScalarType::Double: return run(double{});
     case ScalarType::Float: return run(float{});
-    case ScalarType::Half: return run(c10::Half{});
     case ScalarType::BFloat16: return run(c10::BFloat16{});
     default: STD_TORCH_CHECK(false, "expected float64, float32, float16 or bfloat16, but dtype ", dtype_of(x), " came");
   }
@@ -58,6 +57,18 @@ size_t alike(const std::vector<Dense>& x, const std::vector<Dense>& grad, size_t
   return end;
 }
 
+// Whether the kernels whose lanes are channels took the call; they are not compiled for float64, which is for checks.
+template <class T>
+bool run_lanes(const DepthwiseProblem& p, const std::vector<Map<const T>>& x, const std::vector<Map<const T>>& grad,
+               const std::vector<T*>& weight) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!tapwise::prefers_lanes<T>(p)) return false;
+    lanes_weight<T>(p, x, grad, weight);
+    return true;
+  }
+  return false;
+}
+
 // The gradients of branches `begin` to `end`, all of whose maps are of one size.
 void sum_taps(const std::vector<Dense>& x, const std::vector<Dense>& grad, const std::vector<int64_t>& padding,
               const std::vector<Tensor>& weight, size_t begin, size_t end) {
@@ -76,11 +87,15 @@ void sum_taps(const std::vector<Dense>& x, const std::vector<Dense>& grad, const
     }
     if (std::min({p.images, p.channels, p.h, p.w, p.oh, p.ow}) == 0)
       for (size_t b = begin; b < end; ++b) std::fill_n(to[b - begin], weight[b].numel(), T(0.0f));
-    else if (tapwise::prefers_lanes<T>(p))
-      lanes_weight<T>(p, from, gradients, to);
-    else
+    else if (!run_lanes<T>(p, from, gradients, to))
       taps_weight<T>(p, from, gradients, to);
   });
+}
+
+std::vector<Tensor> as(const std::vector<Tensor>& tensors, ScalarType type) {
+  std::vector<Tensor> result;
+  for (const Tensor& t : tensors) result.push_back(torch::stable::to(t, type));
+  return result;
 }
 
 std::vector<Tensor> depthwise_weight(std::vector<Tensor> x, std::vector<Tensor> grad, std::vector<int64_t> padding) {
@@ -90,6 +105,8 @@ std::vector<Tensor> depthwise_weight(std::vector<Tensor> x, std::vector<Tensor> 
   STD_TORCH_CHECK(!x.empty(), "expected 1 or ", branches, " tensors as x, but 0 came");
   check_maps(x, "x", branches, x[0]);
   check_maps(grad, "grad", branches, x[0]);
+  if (x[0].scalar_type() == ScalarType::Half)  // whose sums are of float32, so all may be
+    return as(depthwise_weight(as(x, ScalarType::Float), as(grad, ScalarType::Float), padding), ScalarType::Half);
   const std::vector<Dense> maps = dense(x), gradients = dense(grad);
   std::vector<Tensor> weight;
   for (size_t b = 0; b < branches; ++b) {
