@@ -291,7 +291,7 @@ def test_fft_equals_the_gradient(dtype):
 
 def test_a_large_dense_kernel_on_a_large_map_goes_through_spectra():
     x, weight, bias = sample((1, 2, 130, 140), (63, 63), dtype=torch.float32)
-    call = depthwise_paths.Call("cpu", torch.float32, 130, 140, False, [(63, 63)])
+    call = depthwise_paths.Call("cpu", torch.float32, 1, 130, 140, False, [(63, 63)])
     assert depthwise_paths.choose(call).name == "fft"
     truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=31, groups=2)
     close(ops.depthwise_conv(x, weight, bias, 31), truth, torch.float32)

@@ -8,45 +8,50 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shiftconv.ops.compose import Padding, exact_dtype
 from shiftconv.ops.cross_conv import cross_conv
+from shiftconv.ops.depthwise import depthwise_conv
 
 
 class CrossKernels(NamedTuple):
     """Depthwise kernels ``[C, 1, kh, kw]`` that are added, their bias ``[C]``, and the padding of each kernel.
 
     ``cross_conv(x, tall, wide, small, bias, padding)`` is what they compute; ``padding`` holds ``((top, bottom), (left,
-    right))`` in pixels of each kernel that is not None.
+    right))`` in pixels of each kernel that is not None. A whole kernel is a tall one without a wide one.
     """
 
     tall: Tensor
-    wide: Tensor
+    wide: Tensor | None
     small: Tensor | None
     bias: Tensor | None
     padding: tuple[Padding, ...]
 
     def apply(self, x: Tensor) -> Tensor:
         """The convolution of ``x`` ``[N, C, H, W]``."""
-        return cross_conv(x, self.tall, self.wide, self.small, self.bias, self.padding)
+        first, *rest = self.kernels()
+        if not rest:
+            return depthwise_conv(x, first, self.bias, self.padding[0])
+        return cross_conv(x, first, rest[0], rest[1] if len(rest) > 1 else None, self.bias, self.padding)
 
     def kernels(self) -> list[Tensor]:
-        """Tall, wide and, where there is one, small."""
-        return [self.tall, self.wide] if self.small is None else [self.tall, self.wide, self.small]
+        """Tall and, where there are such, wide and small."""
+        return [kernel for kernel in self[:3] if kernel is not None]
 
     def to(self, dtype: torch.dtype) -> "CrossKernels":
-        tall, wide, small, bias = (None if t is None else t.to(dtype) for t in self[:4])
-        assert tall is not None and wide is not None
-        return CrossKernels(tall, wide, small, bias, self.padding)
+        wide, small, bias = (None if t is None else t.to(dtype) for t in self[1:4])
+        return CrossKernels(self.tall.to(dtype), wide, small, bias, self.padding)
 
     def merged(self) -> "CrossKernels":
         """The same with the small kernel added to the tall one, if it lies inside of it."""
         if self.small is None:
             return self
-        (top, bottom), columns = self.padding[0]
-        (small_top, small_bottom), small_columns = self.padding[2]
-        if columns != small_columns or small_top > top or small_bottom > bottom:
+        room = [
+            outer - inner
+            for pads in zip(reversed(self.padding[0]), reversed(self.padding[-1]), strict=True)
+            for outer, inner in zip(*pads, strict=True)
+        ]
+        if min(room) < 0:
             return self
-        rows = (top - small_top, bottom - small_bottom)
-        tall = self.tall + nn.functional.pad(self.small, (0, 0, *rows))
-        return self._replace(tall=tall, small=None, padding=self.padding[:2])
+        tall = self.tall + nn.functional.pad(self.small, room)
+        return self._replace(tall=tall, small=None, padding=self.padding[:-1])
 
     def among(self, active: Tensor, channels: int) -> "CrossKernels":
         """The same for ``channels`` of which they convolve the ``active`` ones, the others pass unchanged."""
@@ -57,10 +62,8 @@ class CrossKernels(NamedTuple):
         (top, bottom), (left, right) = self.padding[0]
         identity = nn.functional.pad(self.tall.new_ones(1, 1, 1, 1), (left, right, top, bottom))
         zero = self.tall.new_zeros(())
-        tall, wide = spread(self.tall, identity), spread(self.wide, zero)
-        small = None if self.small is None else spread(self.small, zero)
-        bias = None if self.bias is None else spread(self.bias, zero)
-        return CrossKernels(tall, wide, small, bias, self.padding)
+        wide, small, bias = (None if t is None else spread(t, zero) for t in self[1:4])
+        return CrossKernels(spread(self.tall, identity), wide, small, bias, self.padding)
 
     def dense(self) -> Tensor:
         """Their sum as one kernel ``[C, 1, 2 * r + 1, 2 * s + 1]`` whose middle entry is the pixel itself."""
@@ -80,9 +83,8 @@ class CrossConv2d(nn.Module):
     def __init__(self, kernels: CrossKernels):
         super().__init__()
         self.tall = nn.Parameter(kernels.tall.detach().clone())
-        self.wide = nn.Parameter(kernels.wide.detach().clone())
-        self.small = None if kernels.small is None else nn.Parameter(kernels.small.detach().clone())
-        self.bias = None if kernels.bias is None else nn.Parameter(kernels.bias.detach().clone())
+        rest = (None if t is None else nn.Parameter(t.detach().clone()) for t in kernels[1:4])
+        self.wide, self.small, self.bias = rest
         self.padding = kernels.padding
 
     def kernels(self) -> CrossKernels:
@@ -99,6 +101,12 @@ class CrossConv2d(nn.Module):
 def is_fixed(norm: nn.Module) -> bool:
     """Whether a normalisation only scales and shifts channels now."""
     return isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
+
+
+def centred(kernel: Tensor) -> Padding:
+    """The padding that keeps the size of a map, the larger half of an even kernel's in front."""
+    (top, bottom), (left, right) = ((taps // 2, taps - 1 - taps // 2) for taps in kernel.shape[2:])
+    return (top, bottom), (left, right)
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

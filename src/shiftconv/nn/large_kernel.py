@@ -10,14 +10,14 @@ In training each branch has its normalisation; with running statistics they fold
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
-from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftconv.nn.arguments import positive
-from shiftconv.ops.branches import apply_each, apply_sum
+from shiftconv.nn.cross_kernels import CrossConv2d, CrossKernels, centred, is_fixed, scale_and_shift
+from shiftconv.ops.branches import apply_each
+from shiftconv.ops.compose import exact_dtype
 from shiftconv.ops.depthwise import prepare
 
 
@@ -36,73 +36,15 @@ class DepthwiseBranch(nn.Module):
         self.norm = nn.BatchNorm2d(dim) if norm else None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def padding(self) -> list[int]:
-        """Top, bottom, left and right, which keep the size of the map."""
-        return [pad for taps in self.weight.shape[2:] for pad in (taps // 2, taps - 1 - taps // 2)]
-
-    def is_linear(self) -> bool:
-        """Whether the normalisation is a fixed scale and shift: by running statistics, or none."""
-        return self.norm is None or is_fixed(self.norm)
-
-    def equivalent_kernel(self) -> tuple[Tensor, Tensor | None]:
-        """Kernel ``[C, 1, kh, kw]`` and bias ``[C]`` with the normalisation folded in; differentiable."""
-        return fold(self.weight, self.norm)
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias in ``dtype`` with the normalisation in them, by its running statistics; differentiable."""
+        if self.norm is None:
+            return self.weight.to(dtype), None
+        scale, shift = (t.to(dtype) for t in scale_and_shift(self.norm))
+        return self.weight.to(dtype) * scale.view(-1, 1, 1, 1), shift
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kernel_size={(*self.weight.shape[2:],)}"
-
-
-def is_fixed(norm: nn.Module) -> bool:
-    """Whether a normalisation is a fixed scale and shift now, so that it folds into the kernel before it."""
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training and norm.running_var is not None  # pyright: ignore[reportPrivateUsage]
-
-
-def fold(kernel: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """The kernel and bias that compute ``norm(kernel * x)`` by running statistics, in the dtype of ``kernel``.
-
-    Raises:
-        ValueError: a normalisation that is no batch normalisation with running statistics.
-    """
-    if norm is None:
-        return kernel, None
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:  # pyright: ignore[reportPrivateUsage]
-        raise ValueError(f"only a batch normalisation with running statistics can be folded, got {norm}")
-    wide = torch.promote_types(kernel.dtype, torch.float32)
-    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.to(wide)
-    bias = -norm.running_mean.to(wide) * scale
-    if norm.affine:
-        bias = bias + norm.bias.to(wide)
-    return (kernel.to(wide) * scale.view(-1, 1, 1, 1)).to(kernel.dtype), bias.to(kernel.dtype)
-
-
-def superpose(kernels: Sequence[Tensor], padding: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-    """One dense kernel that computes the sum of several.
-
-    Args:
-        kernels: each ``[C, 1, kh, kw]``.
-        padding: of each: top, bottom, left, right.
-
-    Returns:
-        The kernel ``[C, 1, KH, KW]`` that just holds them all, and its padding.
-    """
-    before = [max(pads[side] for pads in padding) for side in (0, 2)]
-    sizes = [
-        max(ahead - pads[2 * axis] + kernel.shape[2 + axis] for kernel, pads in zip(kernels, padding, strict=True))
-        for axis, ahead in enumerate(before)
-    ]
-    total: Tensor | None = None
-    for kernel, pads in zip(kernels, padding, strict=True):
-        top, left = before[0] - pads[0], before[1] - pads[2]
-        room = (left, sizes[1] - left - kernel.shape[3], top, sizes[0] - top - kernel.shape[2])
-        grown = F.pad(kernel, room)
-        total = grown if total is None else total + grown
-    assert total is not None
-    # The outputs are as many as before, whichever kernel they are counted by.
-    grow = [sum(padding[0][2 * axis : 2 * axis + 2]) + 1 - kernels[0].shape[2 + axis] for axis in (0, 1)]
-    ends = [grow[axis] - 1 + sizes[axis] - before[axis] for axis in (0, 1)]
-    return total, [before[0], ends[0], before[1], ends[1]]
 
 
 class LargeKernelConv2d(nn.Module):
@@ -128,7 +70,6 @@ class LargeKernelConv2d(nn.Module):
     wide: DepthwiseBranch | None
     large: DepthwiseBranch | None
     small: DepthwiseBranch | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -147,37 +88,36 @@ class LargeKernelConv2d(nn.Module):
         self.wide = DepthwiseBranch(dim, (short, size), branch_norm) if decomposed else None
         self.large = None if decomposed else DepthwiseBranch(dim, (size, size), branch_norm)
         self.small = DepthwiseBranch(dim, (short, short), branch_norm) if short < size else None
-        self.register_parameter("bias", None)
+        self.merged: CrossConv2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None:
+            return self.merged(x)
         branches = self._branches()
-        padding = [pad for branch in branches.values() for pad in branch.padding()]
-        if all(branch.is_linear() for branch in branches.values()):
-            kernels, bias = self._folded()
-            x, weights, bias = prepare("LargeKernelConv2d", x, kernels, bias)
-            return apply_sum([x], weights, bias, padding)
+        if all(branch.norm is None or is_fixed(branch.norm) for branch in branches.values()):
+            return self._folded().apply(x)
         x, weights, _ = prepare("LargeKernelConv2d", x, {name: b.weight for name, b in branches.items()}, None)
-        maps = apply_each(x, weights, padding)
+        padding = [number for weight in weights for side in centred(weight) for number in side]
         total: Tensor | None = None
-        for branch, y in zip(branches.values(), maps, strict=True):
+        for branch, y in zip(branches.values(), apply_each(x, weights, padding), strict=True):
             y = y if branch.norm is None else branch.norm(y)
             total = y if total is None else total + y
         assert total is not None
         return total
 
-    def equivalent_kernel(self) -> tuple[Tensor, Tensor | None]:
-        """What the module computes in evaluation, as one dense depthwise kernel.
+    def equivalent_kernel(self) -> tuple[Tensor, Tensor]:
+        """The module in evaluation mode as one dense depthwise convolution: kernel ``[C, 1, *K]`` and bias ``[C]``.
 
-        Returns:
-            Kernel ``[C, 1, K, K]`` whose tap ``K // 2`` lies on the output's pixel, and bias ``[C]`` or None:
-            ``depthwise_conv(x, kernel, bias, padding=((K // 2, K - 1 - K // 2),) * 2)``.
+        Both extents of ``K`` are odd, ``2 * r + 1``, and entry ``r`` is the middle:
+        ``conv2d(x, kernel, bias, padding=r, groups=C)``. Differentiable.
 
         Raises:
             ValueError: a normalisation without running statistics.
         """
-        kernels, bias = self._folded()
-        kernel, _ = superpose([*kernels.values()], [branch.padding() for branch in self._branches().values()])
-        return kernel, bias
+        folded = self._folded(exact=True) if self.merged is None else self.merged.kernels()
+        dtype = self._dtype() if self.merged is None else self.merged.tall.dtype
+        dense = folded.dense().to(dtype)
+        return dense, dense.new_zeros(len(dense)) if folded.bias is None else folded.bias.to(dtype)
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -189,28 +129,32 @@ class LargeKernelConv2d(nn.Module):
         Raises:
             ValueError: a normalisation without running statistics.
         """
-        kernels, bias = self._folded()
-        host = self.tall or self.large
-        if self.small is not None and host is not None:
-            pads = [host.padding(), self.small.padding()]
-            name = next(iter(kernels))  # that of the host
-            kernels[name], _ = superpose([kernels[name], kernels["small"]], pads)
-            self.small = None
-        for name, branch in self._branches().items():
-            branch.weight, branch.norm = nn.Parameter(kernels[name]), None
-        if bias is not None:
-            self.bias = nn.Parameter(bias)
+        if self.merged is None:
+            kernels = self._folded(exact=True).merged()
+            self.merged = CrossConv2d(kernels.to(self._dtype()))
+            self.tall = self.wide = self.large = self.small = None
 
     def _branches(self) -> dict[str, DepthwiseBranch]:
         """Those that there are, the one that can hold the small kernel first."""
         named = {"tall": self.tall, "large": self.large, "wide": self.wide, "small": self.small}
         return {name: branch for name, branch in named.items() if branch is not None}
 
-    def _folded(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """All kernels, their normalisations folded in, and their common bias."""
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self._branches().values())).weight.dtype
+
+    def _folded(self, exact: bool = False) -> CrossKernels:
+        """All kernels, their normalisations folded in, and their common bias.
+
+        Exact ones are float64. The others, made in each call, have the dtype of the weights, to cost little.
+        """
+        dtype = self._dtype()
+        wide = exact_dtype(next(self.parameters())) if exact else torch.promote_types(dtype, torch.float32)
         kernels: dict[str, Tensor] = {}
-        bias: Tensor | None = self.bias
-        for name, branch in self._branches().items():
-            kernels[name], shift = branch.equivalent_kernel()
+        bias: Tensor | None = None
+        branches = self._branches()
+        for name, branch in branches.items():
+            kernels[name], shift = branch.folded(wide)
             bias = shift if bias is None else bias if shift is None else bias + shift
-        return kernels, bias
+        padding = tuple(centred(kernel) for kernel in kernels.values())
+        folded = CrossKernels(kernels[next(iter(branches))], kernels.get("wide"), kernels.get("small"), bias, padding)
+        return folded if exact else folded.to(dtype)

@@ -30,7 +30,7 @@ Pads = Sequence[int]  # top, bottom, left, right of every branch
 Size = tuple[int, int]  # height and width of a kernel
 
 _CLIFF = 14  # oneDNN leaves its depthwise kernels for kernels this wide in NCHW
-_LANES = 16  # up to this side our kernels put channels into the lanes of a vector, so layouts make no difference
+_WORTH_IT = 700  # pixels of all images; below, oneDNN's start costs more than its kernels for few taps gain
 _PAIRS_PER_POINT = 900  # our float32 kernel meets so many in the time that transforms take for a point of the period
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # here, as the compiler cannot trace the question
 _SPECTRUM = 1 << 21  # numbers in a spectrum: a few megabytes
@@ -48,6 +48,7 @@ class Call(NamedTuple):
 
     device: str
     dtype: torch.dtype
+    images: int
     height: int
     width: int
     channels_last: bool
@@ -71,12 +72,16 @@ def _choose_on_cpu(call: Call) -> Path:
     if _spectra_win(call):
         return Path("fft", "a dense kernel on a large map needs fewer operations as a product of spectra")
     if call.channels_last and len(call.kernels) == 1 and call.dtype in (torch.float32, torch.bfloat16):
-        taps = max(kh * kw for kh, kw in call.kernels)
-        small = call.height * call.width <= _LANES * _LANES
-        if call.gradient and call.kernels[0][1] <= 3 and taps <= 33 and not small:
-            return Path("torch", "oneDNN is faster at the gradient of a narrow kernel in channels_last")
-        few = (9 if call.dtype is torch.float32 else 25) if small else 49
-        if not call.gradient and taps <= few:
+        (kh, kw), side = call.kernels[0], min(call.height, call.width)
+        if call.images * call.height * call.width < _WORTH_IT:
+            few = 0
+        elif call.gradient:
+            few = 0 if kw > 3 else 9 if side < 56 else 33
+        elif side < 56:
+            few = 9 if call.dtype is torch.float32 else 25
+        else:
+            few = 25 if side < 112 else 49
+        if kh * kw <= few:
             return Path("torch", "oneDNN is faster at few taps in channels_last")
     return Path("direct", "our kernel is the faster one")
 
@@ -106,7 +111,7 @@ def _choose_on_cuda(call: Call) -> Path:
 
 def _call(x: Tensor, kernels: Sequence[Size], gradient: bool = False) -> Call:
     last = format_of(x) is torch.channels_last
-    return Call(x.device.type, x.dtype, x.shape[2], x.shape[3], last, kernels, gradient)
+    return Call(x.device.type, x.dtype, x.shape[0], x.shape[2], x.shape[3], last, kernels, gradient)
 
 
 def explain(device: str) -> list[tuple[str, Path]]:
@@ -115,15 +120,15 @@ def explain(device: str) -> list[tuple[str, Path]]:
     for kernels, side, last, gradient in (
         ([(51, 51)], 56, False, False),
         ([(51, 5), (5, 51), (5, 5)], 56, False, False),
-        ([(7, 7)], 56, False, False),
         ([(7, 7)], 56, True, False),
-        ([(7, 7)], 56, True, True),
+        ([(5, 5)], 56, True, False),
+        ([(3, 3)], 56, False, True),
         ([(3, 3)], 56, True, True),
         ([(63, 63)], 224, False, False),
     ):
         what = "gradient of " if gradient else ""
         sizes = " + ".join(f"{kh}x{kw}" for kh, kw in kernels)
-        call = Call(device, torch.float32, side, side, last, kernels, gradient)
+        call = Call(device, torch.float32, 8, side, side, last, kernels, gradient)
         rows.append((f"{what}{sizes} at {side} px, {'channels_last' if last else 'NCHW'}", choose(call)))
     return rows
 
