@@ -71,11 +71,10 @@ def compose(
         taps: Tensor = torch.bmm(placement.to(exact), small.flatten(2).to(exact))
         small = taps.unflatten(2, small.shape[2:])
     kernels: list[Tensor] = []
-    parts: Sequence[Tensor] = small.split([rows * columns for rows, columns in grids], 1)
+    parts = cast("Sequence[Tensor]", small.split([rows * columns for rows, columns in grids], 1))
     for part, (rows, columns) in zip(parts, grids, strict=True):
         cells = cast("Tensor", part.to(dtype).unflatten(1, (rows, columns)))
-        kernel = cast("Tensor", cells.transpose(2, 3).flatten(1, 2).flatten(2, 3))
-        kernels.append(kernel.unsqueeze(1).contiguous())
+        kernels.append(cells.transpose(2, 3).flatten(1, 2).flatten(2, 3).unsqueeze(1).contiguous())
     return tuple(kernels) if several else kernels[0]
 
 
