@@ -9,6 +9,7 @@ its backward 1.7, shift_linear at most 1.05 of the 1x1 convolution alone.
 """
 
 import argparse
+import importlib
 import itertools
 import statistics
 import subprocess
@@ -215,11 +216,19 @@ def linear_cases(device: str) -> Iterator[Case]:
         )
 
 
+def _depthwise(name: str) -> Callable[[str], Iterator[Case]]:
+    """A suite of the other file, which takes its tools from this one."""
+    return lambda device: getattr(importlib.import_module("benchmarks.gpu_depthwise"), name)(device)
+
+
 SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
     "shift": shift_cases,
     "sparse_shift": lambda device: learned_cases(device, True),
     "active_shift": lambda device: learned_cases(device, False),
     "shift_linear": linear_cases,
+    "depthwise_conv": _depthwise("depthwise_cases"),
+    "cross_conv": _depthwise("cross_cases"),
+    "shiftwise": _depthwise("shiftwise_cases"),
 }
 
 

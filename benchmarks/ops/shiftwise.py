@@ -7,6 +7,7 @@ compare our own operator with 1 to 4 of them.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,10 @@ def cases(device: str) -> Iterator[Case]:
         yield from by_shifts(stage, device)
 
 
-def directions(stage: Stage, shifts: int, device: str) -> Iterator[Case]:
+def directions(
+    stage: Stage, shifts: int, device: str, bind: Callable[..., Callable[[], object]] = partial
+) -> Iterator[Case]:
+    """Both directions; ``bind`` makes a candidate of a function and its arguments."""
     own, original = functions(stage, shifts, device)
     x = torch.randn(stage.images, stage.channels, stage.side, stage.side, device=device)
     weight = torch.randn(stage.channels * _slots(stage), 1, stage.small, stage.small, device=device) / 10
@@ -54,13 +58,14 @@ def directions(stage: Stage, shifts: int, device: str) -> Iterator[Case]:
 
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
 
-    def step(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(*leaves), leaves, grads)
+    def step(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, weight: Tensor) -> object:
+        return torch.autograd.grad(function(x, weight), (x, weight), grads)
 
     name = f"{stage} {shifts} shifts float32"
     candidates = {BASELINE: original, "shiftwise": own}
-    yield Case(name, "forward", BASELINE, {k: lambda f=f: f(x, weight) for k, f in candidates.items()}, check)
-    yield Case(name, "forward+backward", BASELINE, {k: step(f) for k, f in candidates.items()}, check)
+    yield Case(name, "forward", BASELINE, {k: bind(f, x, weight) for k, f in candidates.items()}, check)
+    both = {k: bind(partial(step, f), *leaves) for k, f in candidates.items()}
+    yield Case(name, "forward+backward", BASELINE, both, check)
 
 
 def by_shifts(stage: Stage, device: str) -> Iterator[Case]:

@@ -103,9 +103,11 @@ def _pairs(size: int, taps: int) -> int:
 
 
 def _choose_on_cuda(call: Call) -> Path:
+    """What no GPU has confirmed yet: by the operations of either side."""
     longest = max(max(size) for size in call.kernels)
-    if longest <= 5 and len(call.kernels) == 1 and call.dtype.itemsize == 2 and not call.gradient:
-        return Path("torch", "cuDNN has tensor-core kernels for 3x3 and 5x5")
+    few = 7 if call.channels_last and call.dtype.itemsize == 2 else 5
+    if longest <= few and len(call.kernels) == 1 and not call.gradient:
+        return Path("torch", "cuDNN has kernels of its own for few taps")
     return Path("direct", "cuDNN and torch run kernels of this size on general-purpose units")
 
 
@@ -176,11 +178,9 @@ def direct_each(x: Tensor, weight: Sequence[Tensor], padding: Pads, transpose: b
 
 
 def direct_weight(x: Sequence[Tensor], grad: Sequence[Tensor], padding: Pads) -> list[Tensor]:
-    """The same for the gradient; its kernels for the CPU are a file of their own."""
-    device = x[0].device.type
-    triton = device == "cuda" or backend.forced() == "triton"
-    op = "depthwise" if triton else "depthwise_weight"
-    return backend.kernel(op, device, weight_by_torch, "depthwise_weight_direct")(x, grad, padding)
+    """The same for the gradient, whose kernels are files of their own."""
+    run = backend.kernel("depthwise_weight", x[0].device.type, weight_by_torch, "depthwise_weight_direct")
+    return run(x, grad, padding)
 
 
 def sum_by_torch(

@@ -5,6 +5,7 @@ The oracle is torch's convolution in float64, and its autograd.
 
 import importlib
 import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +19,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 def module(name="depthwise"):
     return importlib.import_module(f"shiftconv.ops.triton.{name}")
+
+
+def operators():
+    """The functions of both files of kernels."""
+    both = {**vars(module()), **vars(module("depthwise_weight"))}
+    return SimpleNamespace(**{name: both[name] for name in both if name.startswith("depthwise_")})
 
 
 def half(*sizes):
@@ -72,7 +79,7 @@ class Problem(NamedTuple):
     def check(self, device="cpu"):
         x, bias = self.x.to(device), self.bias.to(device)
         weight, grads = ([t.to(device) for t in some] for some in (self.weight, self.grads))
-        ops = torch.ops.shiftconv if device == "cuda" else module()
+        ops = torch.ops.shiftconv if device == "cuda" else operators()
         results = ops.depthwise_each_direct(x, weight, self.padding, False)
         for y, expected in zip(results, self.each, strict=True):
             close(y, expected, self.x)
@@ -138,11 +145,11 @@ def test_more_branches_than_a_launch_takes(dtype, last):
     problem.check()
     # A map for each, and their sum.
     maps = [random(2, 2, 9, 10, dtype=dtype, last=last, seed=b) for b in range(5)]
-    y = module().depthwise_sum_direct(maps, problem.weight, problem.bias, problem.padding, False)
+    y = operators().depthwise_sum_direct(maps, problem.weight, problem.bias, problem.padding, False)
     pads = [problem.padding[4 * b : 4 * b + 4] for b in range(5)]
     parts = [branch(x.double(), w.double(), p) for x, w, p in zip(maps, problem.weight, pads, strict=True)]
     close(y, sum(parts) + problem.bias.double().view(-1, 1, 1), problem.x)
-    results = module().depthwise_weight_direct(maps[:2], problem.grads[:1], problem.padding[:4] * 2)
+    results = operators().depthwise_weight_direct(maps[:2], problem.grads[:1], problem.padding[:4] * 2)
     for x, result in zip(maps, results, strict=False):
         weight = torch.zeros(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
         (expected,) = torch.autograd.grad(branch(x.double(), weight, [1] * 4), weight, problem.grads[0].double())
@@ -172,7 +179,7 @@ def test_any_strides_long_indices_and_parts(monkeypatch):
         problem = Problem.of(shape, sizes, half(*sizes), dtype)
         problem.check()
         wider = torch.empty(shape[0], 2 * shape[1], shape[2], shape[3] + 3, dtype=dtype)
-        results = module().depthwise_each_direct(
+        results = operators().depthwise_each_direct(
             wider[:, ::2, :, 1:-2].copy_(problem.x), problem.weight, problem.padding, False
         )
         for y, expected in zip(results, problem.each, strict=True):
@@ -182,11 +189,13 @@ def test_any_strides_long_indices_and_parts(monkeypatch):
 @pytest.mark.interpreted
 def test_nothing_to_do():
     x, weight, bias = torch.empty(0, 2, 5, 4), [random(2, 1, 3, 3)], random(2)
-    assert module().depthwise_sum_direct([x], weight, bias, [1, 1, 0, 0], False).shape == (0, 2, 5, 2)
-    assert module().depthwise_each_direct(x, weight, [1, 1, 0, 0], True)[0].shape == (0, 2, 5, 6)
-    results = module().depthwise_weight_direct([x], [torch.empty(0, 2, 5, 2)], [1, 1, 0, 0])
+    assert operators().depthwise_sum_direct([x], weight, bias, [1, 1, 0, 0], False).shape == (0, 2, 5, 2)
+    assert operators().depthwise_each_direct(x, weight, [1, 1, 0, 0], True)[0].shape == (0, 2, 5, 6)
+    results = operators().depthwise_weight_direct([x], [torch.empty(0, 2, 5, 2)], [1, 1, 0, 0])
     assert torch.equal(results[0], torch.zeros(2, 1, 3, 3))
-    beside = module().depthwise_sum_direct([random(1, 2, 3, 3)], weight, bias, [9, -6, 0, 0], False)  # sees zeros only
+    beside = operators().depthwise_sum_direct(
+        [random(1, 2, 3, 3)], weight, bias, [9, -6, 0, 0], False
+    )  # sees zeros only
     assert torch.equal(beside, bias.view(1, 2, 1, 1).expand(1, 2, 4, 1))
 
 
@@ -216,7 +225,7 @@ def compiled(machine_code, monkeypatch):
             }
             for name, recorder in recorders.items():
                 patch.setattr(band if name in vars(band) else plain, name, recorder)
-            getattr(module(), operator)(*arguments)
+            getattr(operators(), operator)(*arguments)
         return {
             name: machine_code(recorder.kernel, *recorder.calls[0], capability)
             for name, recorder in recorders.items()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shiftconv.ops.sampling import format_of
 from shiftconv.ops.triton import _depthwise_band, _depthwise_plain
-from shiftconv.ops.triton._depthwise_work import BRANCHES, Branch, branch, span, summed_in
+from shiftconv.ops.triton._depthwise_work import BRANCHES, Branch, branch, summed_in
 
 
 def depthwise_sum_direct(
@@ -69,26 +69,6 @@ def depthwise_each_direct(x: Tensor, weight: Sequence[Tensor], padding: Sequence
     return results
 
 
-def depthwise_weight_direct(x: Sequence[Tensor], grad: Sequence[Tensor], padding: Sequence[int]) -> list[Tensor]:
-    """Same arguments and results as the raw operator."""
-    memory_format = format_of(x[0])
-    maps = [m.contiguous(memory_format=memory_format) for m in x]
-    grads = [g.contiguous(memory_format=memory_format) for g in grad]
-    results: list[Tensor] = []
-    for b in range(len(padding) // 4):
-        m, g = maps[b % len(maps)], grads[b % len(grads)]
-        top, bottom, left, right = padding[4 * b : 4 * b + 4]
-        kh, kw = m.shape[2] + top + bottom - g.shape[2] + 1, m.shape[3] + left + right - g.shape[3] + 1
-        result = m.new_zeros((m.shape[1], 1, kh, kw))
-        results.append(result)
-        rows, columns = span(m.shape[2], g.shape[2], kh, top), span(m.shape[3], g.shape[3], kw, left)
-        reached = result[:, 0, rows.begin : rows.end, columns.begin : columns.end]
-        if reached.numel() and m.numel() and g.numel():
-            taps, before = (reached.shape[1], reached.shape[2]), (rows.before, columns.before)
-            reached.copy_(_weigh(m, g, taps, before, memory_format))
-    return results
-
-
 def _empty(x: Tensor, size: tuple[int, int], memory_format: torch.memory_format, dtype: torch.dtype) -> Tensor:
     return torch.empty((*x.shape[:2], *size), dtype=dtype, device=x.device, memory_format=memory_format)
 
@@ -113,16 +93,6 @@ def _convolve(
             to.copy_(plane)
     else:
         _depthwise_band.convolve(x, branches, bias, y, precision)
-
-
-def _weigh(
-    x: Tensor, grad: Tensor, size: tuple[int, int], before: tuple[int, int], memory_format: torch.memory_format
-) -> Tensor:
-    """The gradient to a kernel of ``size`` that begins ``before`` its output, ``[C, kh, kw]`` in the dtype of sums."""
-    precision = precision_of(x.dtype, max(size))
-    if precision is None:
-        return _depthwise_plain.weigh(x, grad, size, before, memory_format is torch.channels_last)
-    return _depthwise_band.weigh(x.contiguous(), grad.contiguous(), size, before, precision)
 
 
 def precision_of(dtype: torch.dtype, longest: int) -> str | None:
