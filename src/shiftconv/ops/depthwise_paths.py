@@ -71,19 +71,28 @@ def choose(call: Call) -> Path:
 def _choose_on_cpu(call: Call) -> Path:
     if _spectra_win(call):
         return Path("fft", "a dense kernel on a large map needs fewer operations as a product of spectra")
-    if call.channels_last and len(call.kernels) == 1 and call.dtype in (torch.float32, torch.bfloat16):
+    if len(call.kernels) == 1 and call.dtype in (torch.float32, torch.bfloat16):
         (kh, kw), side = call.kernels[0], min(call.height, call.width)
-        if call.images * call.height * call.width < _WORTH_IT:
-            few = 0
-        elif call.gradient:
-            few = 0 if kw > 3 else 9 if side < 56 else 33
-        elif side < 56:
-            few = 9 if call.dtype is torch.float32 else 25
-        else:
-            few = 25 if side < 112 else 49
-        if kh * kw <= few:
-            return Path("torch", "oneDNN is faster at few taps in channels_last")
+        if call.images * call.height * call.width >= _WORTH_IT and kh * kw <= _few_taps(call, kw, side):
+            return Path("torch", "oneDNN is faster at few taps here")
+        if not (_AVX512 or call.channels_last or call.gradient) and kh >= 9 and kw <= 9 and 7 < side <= 28:
+            return Path("torch", "oneDNN is faster at tall kernels on a processor without AVX-512")
     return Path("direct", "our kernel is the faster one")
+
+
+def _few_taps(call: Call, width: int, side: int) -> int:
+    """Up to so many taps oneDNN was faster; it is in channels_last only, but for gradients without AVX-512."""
+    if call.gradient:
+        return (
+            0 if width > 3 or (_AVX512 and not call.channels_last) else 33 if side >= 56 and call.channels_last else 9
+        )
+    if not call.channels_last:
+        return 0
+    if not _AVX512:
+        return 9 if side < 28 else 27 if side < 112 else 33
+    if side < 56:
+        return 9 if call.dtype is torch.float32 else 25
+    return 25 if side < 112 else 49
 
 
 def _spectra_win(call: Call) -> bool:
