@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from shiftconv import ops
-from shiftconv.ops import depthwise_paths
+from shiftconv.ops import depthwise_paths, native
 from shiftconv.ops.branches import apply_each, apply_sum, apply_weight
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -56,6 +56,13 @@ def sample(shape, *kernels, dtype=torch.float64, seed=0):
 
     weights = [random(shape[1], 1, *kernel) / (kernel[0] * kernel[1]) ** 0.5 for kernel in kernels]
     return random(*shape), *weights, random(shape[1])
+
+
+def has_compiler():
+    try:
+        return bool(native.compiler())
+    except native.NativeError:
+        return False
 
 
 def close(actual, truth, dtype):
@@ -295,6 +302,36 @@ def test_a_large_dense_kernel_on_a_large_map_goes_through_spectra():
     assert depthwise_paths.choose(call).name == "fft"
     truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=31, groups=2)
     close(ops.depthwise_conv(x, weight, bias, 31), truth, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("last", "kernel", "gradient"),
+    [
+        (True, (3, 3), False),
+        (False, (3, 3), False),
+        (True, (3, 3), True),
+        (True, (51, 5), False),
+        (False, (51, 51), True),
+    ],
+)
+def test_every_path_gives_the_same(last, kernel, gradient, monkeypatch):
+    monkeypatch.delenv("SHIFTCONV_BACKEND", raising=False)
+    call = depthwise_paths.Call("cpu", torch.float32, 4, 28, 28, last, [kernel], gradient)
+    assert depthwise_paths.choose(call).name == ("torch" if last and kernel == (3, 3) else "direct")
+    x, weight, bias = sample((4, 3, 28, 28), kernel, dtype=torch.float32)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    pads = (kernel[0] // 2, kernel[1] // 2)
+
+    def results():
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = ops.depthwise_conv(*leaves, pads)
+        return [y, *torch.autograd.grad(y, leaves, x)]
+
+    own = results()
+    for backend in ("reference", "native") if has_compiler() else ("reference",):
+        monkeypatch.setenv("SHIFTCONV_BACKEND", backend)
+        for actual, wanted in zip(results(), own, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_autocast_casts_as_for_a_convolution():

@@ -83,9 +83,9 @@ def _choose_on_cpu(call: Call) -> Path:
 def _few_taps(call: Call, width: int, side: int) -> int:
     """Up to so many taps oneDNN was faster; it is in channels_last only, but for gradients without AVX-512."""
     if call.gradient:
-        return (
-            0 if width > 3 or (_AVX512 and not call.channels_last) else 33 if side >= 56 and call.channels_last else 9
-        )
+        if width > 3 or (_AVX512 and not call.channels_last):
+            return 0
+        return 33 if side >= 56 and call.channels_last else 9
     if not call.channels_last:
         return 0
     if not _AVX512:
