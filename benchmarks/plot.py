@@ -1,4 +1,4 @@
-"""Draw ``results/shift.csv`` into ``docs/assets/benchmark_shift.png``: ``python -m benchmarks.plot``.
+"""Draw the results of the shift and of the large kernels into ``docs/assets``: ``python -m benchmarks.plot``.
 
 For each case and direction the newest row of a candidate counts, with one thread.
 """
@@ -21,11 +21,11 @@ STYLES = {
 }
 
 
-def newest() -> tuple[dict[tuple[str, str, str], float], dict[str, str]]:
-    """``{(case, direction, candidate): time over a copy's}`` of the newest rows, and one of these rows."""
+def newest(op: str = "shift") -> tuple[dict[tuple[str, str, str], float], dict[str, str]]:
+    """``{(case, direction, candidate): time over the baseline's}`` of the newest rows, and one of these rows."""
     found: dict[tuple[str, str, str], float] = {}
     last: dict[str, str] = {}
-    with (ROOT / "benchmarks/results/shift.csv").open(newline="") as file:
+    with (ROOT / f"benchmarks/results/{op}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             if row["threads"] == "1":
                 found[row["case"], row["direction"], row["candidate"]] = float(row["ratio"])
@@ -34,6 +34,42 @@ def newest() -> tuple[dict[tuple[str, str, str], float], dict[str, str]]:
 
 
 def main() -> None:
+    shift()
+    large_kernels()
+
+
+def large_kernels() -> None:
+    """How many times as fast as the baseline the cross operator and the shift-wise one are, forward and in training."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(2, 1))
+    last: dict[str, str] = {}
+    panels = (
+        ("cross_conv", "cross_conv", "tall + wide + small against three of torch's convolutions", " batch 1 "),
+        ("shiftwise", "shiftwise", "shift-wise, 4 shifts, against the original", " 1 shifts "),
+    )
+    for axis, (op, candidate, title, without) in zip(axes, panels, strict=True):
+        found, last = newest(op)
+        cases = list(
+            dict.fromkeys(c for c, _, name in found if name == candidate and "float32" in c and without not in c)
+        )
+        for i, direction in enumerate(DIRECTIONS):
+            at = [k + (i - 0.5) * 0.4 for k in range(len(cases))]
+            values = [1 / found[case, direction, candidate] for case in cases]
+            drawn = axis.bar(at, values, 0.37, label=direction, color=("#1b6ca8", "#7fb2d6")[i])
+            axis.bar_label(drawn, fmt="%.1f" if op == "cross_conv" else "%.0f", fontsize=7, padding=1)
+        axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axis.set_xticks(range(len(cases)), ["\n".join(case.split(" ")[:3]) for case in cases], fontsize=7)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("times as fast (higher is better)")
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"{last['machine']}, one thread, float32, torch {last['torch']}, {last['date']}", fontsize=10)
+    target = ROOT / "docs/assets/benchmark_large_kernels.png"
+    figure.savefig(target, dpi=110)
+    print(target)
+
+
+def shift() -> None:
+    """The shift over a copy, beside its rivals."""
     found, last = newest()
     cases = list(dict.fromkeys(case for case, *_ in found if case.endswith(("nchw", "channels_last"))))
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), sharey="row", layout="constrained")

@@ -390,7 +390,7 @@ def test_bad_input_of_the_cross_operator_is_named():
         ops.cross_conv(IMAGE, tall, wide, bias=torch.zeros(3), summed=False)
     with pytest.raises(ValueError, match="results of one size"):
         ops.cross_conv(IMAGE, tall, wide, padding=[((2, 2), (1, 1)), ((1, 1), (2, 1))])
-    with pytest.raises(ValueError, match="one pair of pairs for each of 2 kernels, got 1"):
+    with pytest.raises(ValueError, match="one pair of pairs for each of 2 kernels, got"):
         ops.cross_conv(IMAGE, tall, wide, padding=[((2, 2), (1, 1))])
     with pytest.raises(TypeError, match="wide must have the dtype"):
         ops.cross_conv(IMAGE, tall, wide.half())

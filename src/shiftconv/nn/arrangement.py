@@ -161,8 +161,10 @@ def choose_ghosts(channels: int, ratio: float, even: bool = False, seed: int = 1
     """
     if not isinstance(ratio, int | float) or isinstance(ratio, bool):
         raise TypeError(f"ghost_ratio must be a number, got {ratio!r}")
+    if not 0 <= ratio < 1:  # nor NaN
+        raise ValueError(f"ghost_ratio must be in [0, 1) and leave channels to convolve, got {ratio}")
     ghosts = channels - int(channels * (1 - ratio)) // 2 * 2 if even else int(channels * ratio)
-    if not 0 <= ratio < 1 or ghosts >= channels:
+    if ghosts >= channels:
         raise ValueError(f"ghost_ratio must be in [0, 1) and leave channels to convolve, got {ratio} of {channels}")
     chosen = np.sort(np.random.RandomState(seed).choice(channels, ghosts, replace=False))
     rest = np.setdiff1d(np.arange(channels), chosen)

@@ -144,6 +144,8 @@ class ShiftwiseConv2d(nn.Module):
             norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"ShiftwiseConv2d takes a tensor [N, {self.dim}, H, W], got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"ShiftwiseConv2d takes x [N, {self.dim}, H, W], got {[*x.shape]}")
         fixed = self.variant.border == "full" and all(map(is_fixed, self._norms().values()))

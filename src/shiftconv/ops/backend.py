@@ -39,7 +39,7 @@ DEVICES = ("cpu", "cuda")
 VARIABLE = "SHIFTCONV_BACKEND"
 
 # Operators whose kernels are in files that several share.
-SHARED = dict.fromkeys(("cross_conv", "depthwise_conv"), ("depthwise", "depthwise_weight"))
+SHARED: dict[str, tuple[str, ...]] = dict.fromkeys(("cross_conv", "depthwise_conv"), ("depthwise", "depthwise_weight"))
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -76,7 +76,8 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors[: ctx.maps], ctx.saved_tensors[ctx.maps :]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them anew for each time
+        x, weight = saved[: ctx.maps], saved[ctx.maps :]
         wants_bias, wants = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
         grad = grad.contiguous(memory_format=ctx.format)  # sum() sends expanded ones
         grads_x: Sequence[Tensor | None] = [None] * len(x)
@@ -166,7 +167,8 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The weight gradient is linear in both maps, and each is the adjoint of the other's."""
-        x, grad = ctx.saved_tensors[: ctx.maps], ctx.saved_tensors[ctx.maps :]
+        saved = ctx.saved_tensors
+        x, grad = saved[: ctx.maps], saved[ctx.maps :]
         wants = ctx.needs_input_grad[2:]
         kernels = [kernel.contiguous() for kernel in grads]
         grads_x: list[Any] = [None] * len(x)
@@ -284,6 +286,8 @@ for _name, (_schema, _fake) in _SCHEMAS.items():
         _LIBRARY.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(_op, _run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"shiftconv::{_op}", _fake, lib=_LIBRARY)
+    # What autograd's is_grads_batched sends; its own way through an unknown operator takes no lists.
+    _LIBRARY.impl(f"depthwise_{_name}", getattr(depthwise_paths, f"{_name}_by_torch"), "Batched")
 _raw_sum = torch.ops.shiftconv.depthwise_sum.default
 _raw_each = torch.ops.shiftconv.depthwise_each.default
 _raw_weight = torch.ops.shiftconv.depthwise_weight.default

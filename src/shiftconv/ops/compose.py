@@ -58,13 +58,14 @@ def compose(
         autocast or not. Differentiable in ``weight`` and in a floating ``placement``, any order.
 
     Raises:
-        TypeError: ``weight`` is no tensor of real numbers.
-        ValueError: shapes that do not fit.
+        TypeError: ``weight`` or ``placement`` is no tensor of real numbers, or ``dtype`` is not floating.
+        ValueError: shapes or devices that do not fit.
     """
-    several = not isinstance(grid[0], int)
-    grids = cast("Sequence[Grid]", grid if several else [grid])
+    several, grids = _grids(grid)
     small: Tensor = _small_kernels(weight, placement, grids)
     dtype = weight.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"compose makes kernels of a floating dtype, got dtype={dtype}")
     if placement is not None:
         # Neither autocast nor a lowered precision of float32 products reaches float64.
         exact = exact_dtype(weight)
@@ -76,6 +77,20 @@ def compose(
         cells = cast("Tensor", part.to(dtype).unflatten(1, (rows, columns)))
         kernels.append(cells.transpose(2, 3).flatten(1, 2).flatten(2, 3).unsqueeze(1).contiguous())
     return tuple(kernels) if several else kernels[0]
+
+
+def _grids(grid: object) -> tuple[bool, Sequence[Grid]]:
+    """Whether several kernels are wanted, and the rows and columns of each."""
+    items = cast("Sequence[object]", grid) if isinstance(grid, Sequence) else ()
+    several = len(items) > 0 and isinstance(items[0], Sequence)
+    grids = cast("Sequence[Grid]", grid if several else [grid])
+    for one in grids:
+        whole = isinstance(one, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in one)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not whole or len(one) != 2 or min(one) < 1:
+            raise ValueError(
+                f"grid must be (rows, columns), whole numbers of at least 1, or several such; got {grid!r}"
+            )
+    return several, grids
 
 
 def _small_kernels(weight: Tensor, placement: Tensor | None, grids: Sequence[Grid]) -> Tensor:
@@ -92,6 +107,11 @@ def _small_kernels(weight: Tensor, placement: Tensor | None, grids: Sequence[Gri
         if weight.shape[1] != 1 or weight.shape[0] % slots:
             raise ValueError(f"{slots} slots in order take {slots} kernels a channel, got weight {[*weight.shape]}")
         return weight.unflatten(0, (-1, slots)).squeeze(2)
+    if not isinstance(placement, Tensor) or placement.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
+        came = placement.dtype if isinstance(placement, Tensor) else type(placement).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"placement must be a tensor of real numbers [C, P, S], got {came}")
+    if placement.device != weight.device:
+        raise ValueError(f"placement must be on the device of weight, {weight.device}, got {placement.device}")
     if placement.ndim != 3 or placement.shape[1] != slots:
         raise ValueError(f"placement must be [C, P, S] with P = {slots} slots, got {[*placement.shape]}")
     channels, _, filters = placement.shape

@@ -78,9 +78,9 @@ def cross_conv(
         raise ValueError("bias goes with the sum of the branches, got one with summed=False")
     kernels = {"tall": tall, "wide": wide, **({} if small is None else {"small": small})}
     x, weights, bias = prepare("cross_conv", x, kernels, bias)
+    if padding is not None and (not isinstance(padding, Sequence) or len(padding) != len(weights)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"padding must be one pair of pairs for each of {len(weights)} kernels, got {padding!r}")
     sides = _centred(weights) if padding is None else [sides_of(item, weights[0]) for item in padding]
-    if len(sides) != len(weights):
-        raise ValueError(f"padding must be one pair of pairs for each of {len(weights)} kernels, got {len(sides)}")
     for name, weight, side in zip(kernels, weights, sides, strict=True):
         check_fit(x, name, weight, side)
     results = [

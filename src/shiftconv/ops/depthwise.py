@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shiftconv.names import unknown
 from shiftconv.ops.branches import apply_sum
+from shiftconv.ops.sampling import format_of
 
 Pair = tuple[int, int]
 Sides = tuple[Pair, Pair]  # (top, bottom), (left, right)
@@ -36,8 +37,9 @@ def depthwise_conv(
 ) -> Tensor:
     """Convolve every channel of ``x`` with a kernel of its own.
 
-    Equal to ``torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups=C)`` for finite ``x``,
-    except that zero weights may be skipped, so that an infinite pixel under one does not turn into NaN.
+    Equal to ``torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups=C)`` for finite ``x``. Some
+    kernels skip zero weights and others multiply by zeros beside them, so pixels that are infinite or NaN may reach
+    fewer or more of their neighbours.
 
     Args:
         x: ``[N, C, H, W]`` or ``[C, H, W]``, float64, float32, float16 or bfloat16, any strides.
@@ -71,7 +73,16 @@ def depthwise_conv(
         extra = (left - common[1], right - common[1], top - common[0], bottom - common[0])
         x = F.pad(x, extra) if any(extra) else x
         return F.conv2d(x, weight, bias, steps, common, gaps, x.shape[1])
-    return _strided(x, weight, bias, sides, steps) if gaps == (1, 1) else _dilated(x, weight, bias, sides, steps, gaps)
+    if gaps != (1, 1) and not any(isinstance(size, torch.SymInt) for size in x.shape[2:]):
+        return _dilated(x, weight, bias, sides, steps, gaps)
+    return _strided(x, _spread(weight, gaps), bias, sides, steps)
+
+
+def _spread(weight: Tensor, gaps: Pair) -> Tensor:
+    """The plain kernel that a dilated one is, zeros between its taps."""
+    (kh, kw), (down, across) = weight.shape[2:], gaps
+    cells = F.pad(weight[:, :, :, None, :, None], (0, across - 1, 0, 0, 0, down - 1))
+    return cells.flatten(4, 5).flatten(2, 3)[:, :, : (kh - 1) * down + 1, : (kw - 1) * across + 1]
 
 
 def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps: Pair) -> Tensor:
@@ -84,7 +95,10 @@ def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps
         for size, side, taps, step in zip(x.shape[2:], sides, weight.shape[2:], steps, strict=True)
     ]
     grow = [-size % step for size, step in zip(x.shape[2:], steps, strict=True)]
-    x = F.pad(x, (0, grow[1], 0, grow[0])) if any(grow) else x  # so that all phases are of one size
+    symbolic = any(
+        isinstance(size, torch.SymInt) for size in grow
+    )  # then a question would tie the program to its answer
+    padded = F.pad(x, (0, grow[1], 0, grow[0])) if symbolic or any(grow) else x  # so that all phases are of one size
     for a in range(min(steps[0], weight.shape[2])):
         for b in range(min(steps[1], weight.shape[3])):
             kernel = weight[:, :, a :: steps[0], b :: steps[1]]
@@ -92,13 +106,13 @@ def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps
             pads: list[int] = []
             for axis, tap in enumerate((a, b)):
                 ahead, first = divmod(tap - sides[axis][0], steps[axis])
-                size = x.shape[2 + axis] // steps[axis]
+                size = padded.shape[2 + axis] // steps[axis]
                 phase.append(first)
                 pads += [-ahead, counts[axis] - 1 + kernel.shape[2 + axis] + ahead - size]
-            maps.append(x[:, :, phase[0] :: steps[0], phase[1] :: steps[1]])
+            maps.append(padded[:, :, phase[0] :: steps[0], phase[1] :: steps[1]])
             kernels.append(kernel)
             padding += pads
-    return apply_sum(maps, kernels, bias, padding)
+    return apply_sum(maps, kernels, bias, padding).contiguous(memory_format=format_of(x))
 
 
 def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps: Pair, gaps: Pair) -> Tensor:
@@ -108,19 +122,16 @@ def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps
         size + sum(side) - gap * (taps - 1)
         for size, side, taps, gap in zip(x.shape[2:], sides, weight.shape[2:], gaps, strict=True)
     ]
-    (top, bottom), (left, right) = sides
+    (top, _), (left, _) = sides
     # Up to a multiple of the dilation, so that all phases are of one size.
-    bottom, right = (
-        side + -(size + sum(pair)) % gap
-        for side, size, pair, gap in zip((bottom, right), x.shape[2:], sides, gaps, strict=True)
-    )
+    rows, columns = (-(-(size + sum(side)) // gap) for size, side, gap in zip(x.shape[2:], sides, gaps, strict=True))
+    bottom, right = rows * gaps[0] - x.shape[2] - top, columns * gaps[1] - x.shape[3] - left
     padded = F.pad(x, (left, right, top, bottom))
-    rows, columns = padded.shape[2] // gaps[0], padded.shape[3] // gaps[1]
     phases = padded.view(images, channels, rows, gaps[0], columns, gaps[1]).permute(3, 5, 0, 1, 2, 4)
     y = apply_sum([phases.reshape(-1, channels, rows, columns)], [weight], bias, [0, 0, 0, 0])
     y = y.view(*gaps, images, channels, *y.shape[2:]).permute(2, 3, 4, 0, 5, 1)
     y = y.reshape(images, channels, y.shape[2] * gaps[0], y.shape[4] * gaps[1])
-    return y[:, :, : span[0] : steps[0], : span[1] : steps[1]].contiguous()
+    return y[:, :, : span[0] : steps[0], : span[1] : steps[1]].contiguous(memory_format=format_of(x))
 
 
 def prepare(
@@ -138,7 +149,9 @@ def prepare(
     if any(not isinstance(t, Tensor) for t in named.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
         came = ", ".join(f"{name}: {type(t).__name__}" for name, t in named.items())
         raise TypeError(f"{op} takes tensors, got {came}")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{op} takes dense tensors, got x of layout {x.layout}")
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         named = {
             name: t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
@@ -147,13 +160,13 @@ def prepare(
     x = named["x"]
     if x.dtype not in _DTYPES:
         raise TypeError(f"{op} takes x of a floating dtype, got {x.dtype}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{op} takes dense tensors, got x of layout {x.layout}")
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op} takes x [N, C, H, W] with C, H, W of at least 1, got {[*x.shape]}")
     for name, t in named.items():
         if t.dtype is not x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{op} takes dense tensors, got {name} of layout {t.layout}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
         if name in kernels and (t.ndim != 4 or t.shape[:2] != (x.shape[1], 1) or 0 in t.shape):
@@ -192,6 +205,8 @@ def sides_of(padding: object, weight: Tensor, steps: Pair = (1, 1), gaps: Pair =
     height, width = cast("list[Pair]", sides)
     if min(*height, *width) < 0:
         raise ValueError(f"padding must not be negative, got {padding!r}")
+    if any(isinstance(number, int) and number >= 2**31 for number in (*height, *width)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"padding must be below 2**31 pixels, got {padding!r}")
     return height, width
 
 

@@ -250,7 +250,8 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, pads: Pads, transpo
         top, bottom, left, right = kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right
     rows, (top, bottom) = reachable(x.shape[2], kh, top, bottom)
     columns, (left, right) = reachable(x.shape[3], kw, left, right)
-    kernel = kernel[:, :, rows, columns]
+    if (rows.stop - rows.start, columns.stop - columns.start) != (kh, kw):
+        kernel = kernel[:, :, rows, columns]
     height, width = x.shape[2] + top + bottom - kernel.shape[2] + 1, x.shape[3] + left + right - kernel.shape[3] + 1
     if 0 in kernel.shape or 0 in x.shape or height < 1 or width < 1:
         y = x.new_zeros((*x.shape[:2], max(height, 0), max(width, 0)))

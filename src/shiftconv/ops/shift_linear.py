@@ -76,7 +76,7 @@ def shift_linear(
     """
     _check_types(x, offset, weight, bias, residual)
     device = x.device
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         x, weight, bias, residual = _autocast(x, weight, bias, residual)
     mode, relu, axes = MODES.get(padding_mode), _ACTIVATIONS.get(activation), x.ndim - 2
     if mode is None or relu is None or not 1 <= axes <= 3 or offset.shape != (x.shape[1], axes):

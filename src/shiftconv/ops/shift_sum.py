@@ -93,6 +93,10 @@ def _check(x: Tensor, offset: Tensor, groups: int, coefficient: Tensor | None, c
             continue
         if not isinstance(table, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{name} must be a tensor [R, C] or None, got {type(table).__name__}")
+        if (table.is_floating_point() and not x.is_floating_point() and not x.is_complex()) or (
+            table.is_complex() and not x.is_complex()
+        ):
+            raise TypeError(f"{name} must be of a dtype that x, {x.dtype}, can hold; got {table.dtype}")
         if table.shape != whole.shape[:2] or table.device != x.device:
             expected = f"{[*whole.shape[:2]]} on {x.device}"
             raise ValueError(f"{name} must be [R, C] = {expected}, got {[*table.shape]} on {table.device}")
