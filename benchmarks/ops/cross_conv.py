@@ -37,9 +37,9 @@ class Shape(NamedTuple):
 
 STAGES = ((2, 56, 51), (4, 28, 49), (8, 14, 47), (16, 7, 13))
 SHAPES = [
-    *(Shape("slak_tiny", n, c, *rest, 5) for (n, *rest), c in zip(STAGES, (124, 249, 499, 998), strict=True)),
-    *(Shape("shiftwise_tiny", n, c, *rest, 3) for (n, *rest), c in zip(STAGES, (60, 122, 246, 492), strict=True)),
-    *(Shape("slak_tiny", 1, c, *rest, 5) for (_, *rest), c in zip(STAGES, (124, 249, 499, 998), strict=True)),
+    *(Shape("slak_tiny", n, c, side, k, 5) for (n, side, k), c in zip(STAGES, (124, 249, 499, 998), strict=True)),
+    *(Shape("shiftwise_tiny", n, c, side, k, 3) for (n, side, k), c in zip(STAGES, (60, 122, 246, 492), strict=True)),
+    *(Shape("slak_tiny", 1, c, side, k, 5) for (_, side, k), c in zip(STAGES, (124, 249, 499, 998), strict=True)),
 ]
 
 

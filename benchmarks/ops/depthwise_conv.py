@@ -7,7 +7,7 @@ Directions are the map (``forward``), the gradient to the kernel (``weight``), a
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,8 +40,8 @@ SHAPES = [
     *(Shape(4, 249, 28, kernel) for kernel in ((49, 49), (49, 5), (5, 49), (13, 13))),
     *(Shape(8, 499, 14, kernel) for kernel in ((47, 47), (47, 5), (5, 47), (13, 13))),
     *(Shape(16, 998, 7, kernel) for kernel in ((13, 13), (13, 5), (5, 13))),
-    *(Shape(images, *rest, (7, 7)) for images, *rest in ((2, 96, 56), (4, 192, 28), (8, 384, 14), (16, 768, 7))),
-    *(Shape(1, *rest, (7, 7)) for rest in ((96, 56), (192, 28), (384, 14), (768, 7))),
+    *(Shape(n, c, side, (7, 7)) for n, c, side in ((2, 96, 56), (4, 192, 28), (8, 384, 14), (16, 768, 7))),
+    *(Shape(1, channels, side, (7, 7)) for channels, side in ((96, 56), (192, 28), (384, 14), (768, 7))),
     Shape(1, 96, 224, (7, 7)),
     Shape(1, 124, 128, (51, 51)),
     Shape(1, 124, 128, (51, 5)),
@@ -124,9 +124,7 @@ def _torch_weight(x: Tensor, grad: Tensor, weight: Tensor, pads: list[int]) -> T
     return torch.ops.aten.convolution_backward(grad, x, weight, *rest)[1]
 
 
-def with_baseline(
-    candidates: dict[str, Callable[[], object]], peers: dict[str, object]
-) -> dict[str, Callable[[], object]]:
+def with_baseline(candidates: dict[str, Callable[[], object]], peers: Iterable[str]) -> dict[str, Callable[[], object]]:
     """Put the fastest form of torch's convolution in front, under a name of its own; drop those that are far off."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, float] = {}

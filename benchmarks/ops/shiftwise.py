@@ -76,8 +76,10 @@ def by_shifts(stage: Stage, device: str) -> Iterator[Case]:
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     named = {"1": 1, "2": 2, "3": 3, "4": 4, "1 again": 1}
     owns = {name: functions(stage, shifts, device)[0] for name, shifts in named.items()}
-    forward = {name: lambda f=own: f(x, weight) for name, own in owns.items()}
-    both = {name: lambda f=own: torch.autograd.grad(f(*leaves), leaves, grads) for name, own in owns.items()}
+    forward: Candidates = {name: partial(own, x, weight) for name, own in owns.items()}
+    both: Candidates = {
+        name: lambda f=own: torch.autograd.grad(f(*leaves), leaves, grads) for name, own in owns.items()
+    }
     yield Case(f"{stage} shifts float32", "forward", "1", forward, lambda: None)
     yield Case(f"{stage} shifts float32", "forward+backward", "1", both, lambda: None)
 
