@@ -20,6 +20,8 @@ from shiftconv.ops import compose, cross_conv
 from shiftconv.ops.compose import composed_padding
 
 BASELINE = "original formulation"
+Candidates = dict[str, Callable[[], object]]
+Bind = Callable[..., Callable[[], object]]
 
 
 class Stage(NamedTuple):
@@ -43,9 +45,7 @@ def cases(device: str) -> Iterator[Case]:
         yield from by_shifts(stage, device)
 
 
-def directions(
-    stage: Stage, shifts: int, device: str, bind: Callable[..., Callable[[], object]] = partial
-) -> Iterator[Case]:
+def directions(stage: Stage, shifts: int, device: str, bind: Bind = partial) -> Iterator[Case]:
     """Both directions; ``bind`` makes a candidate of a function and its arguments."""
     own, original = functions(stage, shifts, device)
     x = torch.randn(stage.images, stage.channels, stage.side, stage.side, device=device)
