@@ -1,5 +1,6 @@
 """Floor 2: modules over :mod:`shiftconv.ops`."""
 
+from shiftconv.nn.arrangement import ShiftwiseVariant
 from shiftconv.nn.emulate import emulate_depthwise
 from shiftconv.nn.fold import PartialShift1d, PartialShift2d, PartialShift3d, fold_shift, fold_shifts
 from shiftconv.nn.large_kernel import LargeKernelConv2d
@@ -46,6 +47,7 @@ __all__ = [
     "Shift3d",
     "ShiftLinear",
     "ShiftwiseConv2d",
+    "ShiftwiseVariant",
     "SparseShift1d",
     "SparseShift2d",
     "SparseShift3d",

@@ -2,7 +2,7 @@
 
 from shiftconv.ops import flops as _flops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers formulas
 from shiftconv.ops.active_shift import active_shift, sparse_shift
-from shiftconv.ops.compose import compose
+from shiftconv.ops.compose import compose, composed_padding, placements
 from shiftconv.ops.cross_conv import cross_conv
 from shiftconv.ops.depthwise import depthwise_conv
 from shiftconv.ops.sampling import PaddingMode
@@ -14,8 +14,10 @@ __all__ = [
     "PaddingMode",
     "active_shift",
     "compose",
+    "composed_padding",
     "cross_conv",
     "depthwise_conv",
+    "placements",
     "shift",
     "shift_",
     "shift_linear",

@@ -95,10 +95,9 @@ def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides, steps
         for size, side, taps, step in zip(x.shape[2:], sides, weight.shape[2:], steps, strict=True)
     ]
     grow = [-size % step for size, step in zip(x.shape[2:], steps, strict=True)]
-    symbolic = any(
-        isinstance(size, torch.SymInt) for size in grow
-    )  # then a question would tie the program to its answer
-    padded = F.pad(x, (0, grow[1], 0, grow[0])) if symbolic or any(grow) else x  # so that all phases are of one size
+    # So that all phases are of one size. Where sizes are symbols, asking would tie the program to the answer.
+    symbolic = any(isinstance(size, torch.SymInt) for size in grow)
+    padded = F.pad(x, (0, grow[1], 0, grow[0])) if symbolic or any(grow) else x
     for a in range(min(steps[0], weight.shape[2])):
         for b in range(min(steps[1], weight.shape[3])):
             kernel = weight[:, :, a :: steps[0], b :: steps[1]]
