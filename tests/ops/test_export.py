@@ -195,3 +195,34 @@ def test_quantised_where_the_originals_fail():
         offset = torch.tensor(column, dtype=torch.float32)[:, None]
         y = ops.sparse_shift(x, offset, "circular").int_repr()
         assert torch.equal(y, torch.stack([ints[0, c].roll(o) for c, o in enumerate(column)])[None])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_formulas_of_depthwise_convolutions(transpose):
+    x, other, bias = normal((2, 3, 9, 6)), normal((2, 3, 9, 6), 1), normal((3,), 2)
+    weight = [normal((3, 1, *size), 3) for size in ((7, 3), (3, 25), (2, 2))]
+    padding = [5, 1, 1, 1, 1, 1, 13, 11, 0, 1, 1, 0]
+    for arguments in (
+        ([x], weight, bias, padding, transpose),
+        ([x, other, x], weight, None, padding, transpose),
+        ([x], weight[:1], bias, padding[:4], transpose),
+    ):
+        torch.testing.assert_close(formula(RAW.depthwise_sum, *arguments), RAW.depthwise_sum(*arguments))
+    expected = RAW.depthwise_each(x, weight, padding, transpose)
+    torch.testing.assert_close(formula(RAW.depthwise_each, x, weight, padding, transpose), expected)
+
+
+def test_depthwise_convolutions_leave_the_package():
+    """With a dynamic height: unreachable taps stay, as no size says which they are."""
+
+    class Net(nn.Module):
+        def forward(self, x, tall, wide):
+            return ops.cross_conv(x, tall, wide), ops.depthwise_conv(x, tall, padding="same")
+
+    inputs = normal((2, 3, 9, 8)), normal((3, 1, 21, 3)), normal((3, 1, 3, 21))
+    shapes = ({2: Dim("height", min=2, max=64)}, None, None)
+    program = torch.export.export(Net(), inputs, dynamic_shapes=shapes)
+    program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
+    assert not [node for node in program.graph.nodes if "shiftconv" in str(node.target)]
+    other = (normal((2, 3, 31, 8)), *inputs[1:])
+    torch.testing.assert_close(program.module()(*other), Net()(*other))
