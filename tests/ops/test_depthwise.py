@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from shiftconv import ops
-from shiftconv.ops import depthwise_paths, native
+from shiftconv.ops import depthwise_paths
 from shiftconv.ops.branches import apply_each, apply_sum, apply_weight
+
+from .cases import native_or_skip
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # Shape of x, kernel, padding: what paths tell apart is the side of the map (lanes of 16 or channels), wide and tall
@@ -56,13 +58,6 @@ def sample(shape, *kernels, dtype=torch.float64, seed=0):
 
     weights = [random(shape[1], 1, *kernel) / (kernel[0] * kernel[1]) ** 0.5 for kernel in kernels]
     return random(*shape), *weights, random(shape[1])
-
-
-def has_compiler():
-    try:
-        return bool(native.compiler())
-    except native.NativeError:
-        return False
 
 
 def close(actual, truth, dtype):
@@ -328,7 +323,8 @@ def test_every_path_gives_the_same(last, kernel, gradient, monkeypatch):
         return [y, *torch.autograd.grad(y, leaves, x)]
 
     own = results()
-    for backend in ("reference", "native") if has_compiler() else ("reference",):
+    native_or_skip("depthwise", "depthwise_weight")
+    for backend in ("reference", "native"):
         monkeypatch.setenv("SHIFTCONV_BACKEND", backend)
         for actual, wanted in zip(results(), own, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-3)

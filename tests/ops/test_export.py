@@ -210,6 +210,9 @@ def test_formulas_of_depthwise_convolutions(transpose):
         torch.testing.assert_close(formula(RAW.depthwise_sum, *arguments), RAW.depthwise_sum(*arguments))
     expected = RAW.depthwise_each(x, weight, padding, transpose)
     torch.testing.assert_close(formula(RAW.depthwise_each, x, weight, padding, transpose), expected)
+    if not transpose:
+        gradients = RAW.depthwise_weight([x], expected, padding)
+        torch.testing.assert_close(formula(RAW.depthwise_weight, [x], expected, padding), gradients)
 
 
 def test_depthwise_convolutions_leave_the_package():

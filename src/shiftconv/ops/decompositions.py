@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shiftconv.ops.depthwise_paths import reachable
+from shiftconv.ops import depthwise_paths
 from shiftconv.ops.sampling import PLAIN, ZEROS, Axis, axes_of, format_of, source
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -38,8 +38,9 @@ def decompositions() -> dict[torch._ops.OpOverload[..., Any], Callable[..., Any]
         ops.active_shift_backward.default: active_shift_backward,
         ops.round_offset.default: round_offset,
         ops.shift_linear.default: shift_linear,
-        ops.depthwise_sum.default: depthwise_sum,
-        ops.depthwise_each.default: depthwise_each,
+        ops.depthwise_sum.default: depthwise_paths.sum_by_torch,
+        ops.depthwise_each.default: depthwise_paths.each_by_torch,
+        ops.depthwise_weight.default: depthwise_paths.weight_by_torch,
     }
 
 
@@ -150,39 +151,6 @@ def taps(
         end = (axis.length - 1) * axis.step + 1
         y = low * _every(y, 2 + i, 0, end, axis.step) + high * _every(y, 2 + i, 1, end + 1, axis.step)
     return y
-
-
-def depthwise_sum(
-    x: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None, padding: Sequence[int], transpose: bool
-) -> Tensor:
-    """``shiftconv::depthwise_sum`` in aten operators: one convolution for each kernel."""
-    total: Tensor | None = None
-    for b, kernel in enumerate(weight):
-        offset = bias if b == 0 else None
-        y = _depthwise(x[b % len(x)], kernel, offset, padding[4 * b : 4 * b + 4], transpose)
-        total = y if total is None else total + y
-    assert total is not None
-    return total
-
-
-def depthwise_each(x: Tensor, weight: Sequence[Tensor], padding: Sequence[int], transpose: bool) -> list[Tensor]:
-    """``shiftconv::depthwise_each`` in aten operators."""
-    return [_depthwise(x, w, None, padding[4 * b : 4 * b + 4], transpose) for b, w in enumerate(weight)]
-
-
-def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor | None, pads: Sequence[int], transpose: bool) -> Tensor:
-    top, bottom, left, right = pads
-    if transpose:
-        kh, kw = kernel.shape[2:]
-        kernel = kernel.flip(2, 3)
-        top, bottom, left, right = kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right
-    if not any(isinstance(size, torch.SymInt) for size in x.shape[2:]):  # which would be tied to where it cuts
-        rows, (top, bottom) = reachable(x.shape[2], kernel.shape[2], top, bottom)
-        columns, (left, right) = reachable(x.shape[3], kernel.shape[3], left, right)
-        kernel = kernel[:, :, rows, columns]
-    if (top, left) == (bottom, right) and min(top, left) >= 0:
-        return F.conv2d(x, kernel, bias, padding=(top, left), groups=x.shape[1])
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), kernel, bias, groups=x.shape[1])
 
 
 def _every(x: Tensor, dim: int, start: int, end: int, step: int) -> Tensor:

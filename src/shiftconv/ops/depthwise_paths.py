@@ -248,14 +248,16 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, pads: Pads, transpo
     if transpose:
         kernel = kernel.flip(2, 3)
         top, bottom, left, right = kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right
-    rows, (top, bottom) = reachable(x.shape[2], kh, top, bottom)
-    columns, (left, right) = reachable(x.shape[3], kw, left, right)
-    if (rows.stop - rows.start, columns.stop - columns.start) != (kh, kw):
-        kernel = kernel[:, :, rows, columns]
-    height, width = x.shape[2] + top + bottom - kernel.shape[2] + 1, x.shape[3] + left + right - kernel.shape[3] + 1
-    if 0 in kernel.shape or 0 in x.shape or height < 1 or width < 1:
-        y = x.new_zeros((*x.shape[:2], max(height, 0), max(width, 0)))
-        return y if bias is None else y + bias.view(-1, 1, 1)
+    if not any(isinstance(size, torch.SymInt) for size in x.shape):  # which would be tied to where it cuts
+        rows, (top, bottom) = _reachable(x.shape[2], kh, top, bottom)
+        columns, (left, right) = _reachable(x.shape[3], kw, left, right)
+        if (rows.stop - rows.start, columns.stop - columns.start) != (kh, kw):
+            kernel = kernel[:, :, rows, columns]
+        height = x.shape[2] + top + bottom - kernel.shape[2] + 1
+        width = x.shape[3] + left + right - kernel.shape[3] + 1
+        if 0 in kernel.shape or 0 in x.shape or height < 1 or width < 1:
+            y = x.new_zeros((*x.shape[:2], max(height, 0), max(width, 0)))
+            return y if bias is None else y + bias.view(-1, 1, 1)
     common = max(min(top, bottom), 0), max(min(left, right), 0)
     extra = (left - common[1], right - common[1], top - common[0], bottom - common[0])
     if any(extra):
@@ -265,7 +267,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, pads: Pads, transpo
     return F.conv2d(x, kernel, bias, padding=common, groups=x.shape[1])
 
 
-def reachable(size: int, taps: int, before: int, after: int) -> tuple[slice, tuple[int, int]]:
+def _reachable(size: int, taps: int, before: int, after: int) -> tuple[slice, tuple[int, int]]:
     """The taps of a kernel along one axis that some output can reach, and the padding that is left with them."""
     outputs = size + before + after - taps + 1
     first = min(max(before - outputs + 1, 0), taps)

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "active_simd.h"
+#include "simd.h"
 
 namespace shiftconv {
 

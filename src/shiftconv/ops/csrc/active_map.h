@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "active_simd.h"
+#include "simd.h"
 #include "shift_map.h"
 
 namespace shiftconv {

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "active_map.h"
-#include "active_simd.h"
+#include "simd.h"
 
 namespace shiftconv {
 

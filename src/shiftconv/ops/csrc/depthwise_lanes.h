@@ -138,10 +138,10 @@ class Forward {
         constexpr bool turns = tile <= 8 && (vector_bytes == 64 || tile == 4);
         V sum[tile], odd[tile];
         if (first)
-          unroll<tile>([&](auto j) __attribute__((always_inline)) { sum[j] = start; });
+          unrolled<tile>([&](auto j) __attribute__((always_inline)) { sum[j] = start; });
         else
-          unroll<tile>([&](auto j) __attribute__((always_inline)) { sum[j] = j < count ? at[j * step] : V{}; });
-        unroll<tile>([&](auto j) __attribute__((always_inline)) { odd[j] = V{}; });
+          unrolled<tile>([&](auto j) __attribute__((always_inline)) { sum[j] = j < count ? at[j * step] : V{}; });
+        unrolled<tile>([&](auto j) __attribute__((always_inline)) { odd[j] = V{}; });
         for (const size_t t : which) {
           const Table<K>& table = s.tables[t];
           const Reach& reach = table.reach();
@@ -163,7 +163,7 @@ class Forward {
           }
           for (; r < end; ++r) add(sum, r);
         }
-        unroll<tile>([&](auto j) __attribute__((always_inline)) {
+        unrolled<tile>([&](auto j) __attribute__((always_inline)) {
           if (j < count) at[j * step] = turns ? sum[j] + odd[j] : sum[j];
         });
       }
@@ -172,16 +172,6 @@ class Forward {
 };
 
 }  // namespace channelwise
-
-// Whether this is the fastest way for sure: the map is small, and channels fill their vectors no worse than rows would
-// (almost half of a vector as good as a full row, whose rims and short ends cost more).
-template <class T>
-bool lanes_fit(const DepthwiseProblem& p) {
-  constexpr int64_t lanes = channelwise::width<channelwise::Wide<T>>;
-  const int64_t channels = channelwise::Block::count(p.channels, lanes) * lanes;
-  const int64_t columns = channelwise::Block::count(p.ow, lanes) * lanes;
-  return std::max({p.h, p.w, p.oh, p.ow}) <= 16 && 2 * p.channels * columns >= channels * p.ow;
-}
 
 // y = sum of branches of x, which all read one map or each its own, + bias [C] if there is one
 template <class T>

@@ -143,7 +143,7 @@ class Table {
       V* to = data_ + row * stride(reach_) + first;
       for (int64_t v = 0; v < own.columns(); ++v) {
         const V tap = flat[u * row_step + v * step];
-        if (!any_nonzero(tap)) continue;
+        if (!any_nonzero<typename K::Value>(tap)) continue;
         to[v] = live[v] ? to[v] + tap : tap;
         live[v] = 1;
       }

@@ -7,7 +7,7 @@
 
 #include "depthwise_lanes_vector.h"
 
-#if defined(SHIFTCONV_CHANNELS_AVX512) && defined(__AVX512BF16__)
+#if defined(SHIFTCONV_AVX512) && defined(__AVX512BF16__)
 #define SHIFTCONV_CHANNELS_PAIRS
 #endif
 
@@ -24,7 +24,7 @@ struct Single {
   static constexpr int grad_slots(int tile) { return tile; }   // of the gradient
   static constexpr int taps(int tile) { return 2 * tile - 1; }  // that forward may need, from 1 - tile on
 
-  static V product(V a, V b, V sum) { return fma(a, b, sum); }
+  static V product(V a, V b, V sum) { return fma<W>(a, b, sum); }
 };
 
 #if defined(SHIFTCONV_CHANNELS_PAIRS)
@@ -40,7 +40,10 @@ struct Paired {
   static constexpr int taps(int tile) { return tile + 2 * x_slots(tile) - 2; }
 
   static V product(V a, V b, V sum) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-  static V pair(V low, V high) { return (V)(((Bits)low >> 16) | ((Bits)high & 0xffff0000)); }
+  static V pair(V low, V high) {
+    using Bits = typename Lanes<float>::Unsigned;
+    return (V)(((Bits)low >> 16) | ((Bits)high & 0xffff0000));
+  }
 };
 template <class T>
 using Kind = std::conditional_t<std::is_same_v<T, c10::BFloat16>, Paired, Single<Wide<T>>>;
@@ -53,11 +56,11 @@ using Kind = Single<Wide<T>>;
 template <int taps, uint32_t possible = ~0u, class Body>
 [[gnu::always_inline]] inline void each_tap(uint32_t mask, const Body& body) {
   constexpr int group = 4;
-  unroll<(taps + group - 1) / group>([&](auto g) __attribute__((always_inline)) {
+  unrolled<(taps + group - 1) / group>([&](auto g) __attribute__((always_inline)) {
     constexpr uint32_t members = (((1u << group) - 1) << (g * group)) & possible;
     if constexpr (members != 0) {
       if (!(mask & members)) return;
-      unroll<group>([&](auto i) __attribute__((always_inline)) {
+      unrolled<group>([&](auto i) __attribute__((always_inline)) {
         constexpr int k = g * group + i;
         if constexpr (k < taps && (members >> k & 1))
           if (mask & (1u << k)) body(std::integral_constant<int, k>{});
@@ -87,7 +90,7 @@ template <class K, int tile>
   constexpr int slots = K::x_slots(tile), taps = K::taps(tile);
   const auto add = [&](auto k, const V* column) __attribute__((always_inline)) {
     const V weight = tap[k];
-    unroll<slots>([&](auto q) __attribute__((always_inline)) {
+    unrolled<slots>([&](auto q) __attribute__((always_inline)) {
       constexpr int j = (K::paired ? 2 * q : q) - (k - (tile - 1));
       if constexpr (0 <= j && j < tile) sum[j] = K::product(weight, column[q], sum[j]);
     });
@@ -96,7 +99,7 @@ template <class K, int tile>
     return each_tap<taps, corners<taps, tile>>(
         mask, [&](auto k) __attribute__((always_inline)) { add(k, in_memory(x)); });
   V column[slots];
-  unroll<slots>([&](auto q) __attribute__((always_inline)) { column[q] = x[q]; });
+  unrolled<slots>([&](auto q) __attribute__((always_inline)) { column[q] = x[q]; });
   each_tap<taps>(mask, [&](auto k) __attribute__((always_inline)) { add(k, column); });
 }
 
@@ -108,7 +111,7 @@ template <class K, int tile>
   constexpr int slots = K::x_slots(tile), grad_slots = K::grad_slots(tile), taps = 2 * tile - 1;
   const auto add = [&](auto k, const V* column, const V* from) __attribute__((always_inline)) {
     V part[2] = {};  // two chains of sums: they wait for each other
-    unroll<slots>([&](auto q) __attribute__((always_inline)) {
+    unrolled<slots>([&](auto q) __attribute__((always_inline)) {
       constexpr int j = K::paired ? 2 * q - k + tile : q - k + tile - 1;  // paired: slot of columns j - 1 and j
       if constexpr (0 <= j && j < grad_slots) part[q % 2] = K::product(from[j], column[q], part[q % 2]);
     });
@@ -118,8 +121,8 @@ template <class K, int tile>
     return each_tap<taps, corners<taps, tile>>(
         mask, [&](auto k) __attribute__((always_inline)) { add(k, in_memory(x), in_memory(grad)); });
   V column[slots], from[grad_slots];
-  unroll<grad_slots>([&](auto j) __attribute__((always_inline)) { from[j] = grad[j]; });
-  unroll<slots>([&](auto q) __attribute__((always_inline)) { column[q] = x[q]; });
+  unrolled<grad_slots>([&](auto j) __attribute__((always_inline)) { from[j] = grad[j]; });
+  unrolled<slots>([&](auto q) __attribute__((always_inline)) { column[q] = x[q]; });
   each_tap<taps>(mask, [&](auto k) __attribute__((always_inline)) { add(k, column, from); });
 }
 
@@ -147,7 +150,7 @@ void arrange(const typename K::V* from, int64_t rows, int64_t row_step, int64_t 
 }
 
 // Tiles of x and of y fit into the registers together; the largest only if x comes in pairs.
-#if defined(SHIFTCONV_CHANNELS_AVX512)
+#if defined(SHIFTCONV_AVX512)
 using Tiles = std::integer_sequence<int, 4, 7, 8, 10, 12, 14, 16>;
 constexpr int64_t largest_single = 14;
 #else

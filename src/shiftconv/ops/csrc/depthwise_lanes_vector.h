@@ -1,174 +1,29 @@
 // Vectors whose lanes are channels, and how maps of either memory format become rows of them.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
-#include <type_traits>
-#include <utility>
 
 #include "depthwise_problem.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#define SHIFTCONV_CHANNELS_AVX512
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // everything here is inlined, so how vectors are passed does not matter
+#include "simd.h"
 
 namespace shiftconv::channelwise {
 
-// What numbers of type T are computed in.
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class W>
+constexpr int64_t width = lanes<W>;  // channels of a vector
 
-#if defined(SHIFTCONV_CHANNELS_AVX512)
-constexpr int64_t vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t vector_bytes = 32;
+template <class W>
+inline bool any_nonzero(Vector<W> v) {
+  const auto mask = mask_nonzero<W>(v);
+#if defined(SHIFTCONV_AVX512)
+  return mask != 0;
 #else
-constexpr int64_t vector_bytes = 16;
-#endif
-
-template <class W>
-struct VectorOf {
-  typedef W type __attribute__((vector_size(vector_bytes)));
-};
-template <class W>
-using Vector = typename VectorOf<W>::type;
-using Bits = Vector<uint32_t>;
-
-template <class W>
-constexpr int64_t width = vector_bytes / int64_t{sizeof(W)};  // channels of a vector
-
-// Calls body with 0, 1, ... count - 1 as constants.
-template <int count, class Body>
-[[gnu::always_inline]] inline void unroll(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (body(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, count>{});
-}
-
-template <class V>
-[[gnu::always_inline]] inline V fma(V a, V b, V sum) {
-#if defined(SHIFTCONV_CHANNELS_AVX512)
-  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-  if constexpr (std::is_same_v<V, Vector<double>>) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
-#elif defined(__AVX2__) && defined(__FMA__)
-  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-  if constexpr (std::is_same_v<V, Vector<double>>) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
-#endif
-  return a * b + sum;
-}
-
-template <class V>
-inline bool any_nonzero(V v) {
-#if defined(SHIFTCONV_CHANNELS_AVX512)
-  if constexpr (std::is_same_v<V, Vector<float>>)
-    return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0;
-  else
-    return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_NEQ_UQ) != 0;
-#else
-  const auto differs = v != 0;
-  Vector<uint64_t> words;
-  std::memcpy(&words, &differs, sizeof(words));
-  uint64_t any = 0;
-  for (int64_t i = 0; i < width<uint64_t>; ++i) any |= words[i];
+  int64_t any = 0;
+  for (int64_t i = 0; i < width<W>; ++i) any |= mask[i];
   return any != 0;
 #endif
-}
-
-template <class T>
-inline Vector<Wide<T>> load(const T* from) {
-  using W = Wide<T>;
-  Vector<W> v{};
-  if constexpr (std::is_same_v<T, W>) {
-    std::memcpy(&v, from, sizeof(v));
-    return v;
-  }
-#if defined(SHIFTCONV_CHANNELS_AVX512)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  if constexpr (std::is_same_v<T, c10::BFloat16>) return (Vector<W>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-#elif defined(__AVX2__)
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  if constexpr (std::is_same_v<T, c10::BFloat16>) return (Vector<W>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-#else
-  for (int64_t i = 0; i < width<W>; ++i) v[i] = static_cast<W>(from[i]);
-#endif
-  return v;
-}
-
-// float32 as bfloat16 in the upper half of its bits: nearest even, a NaN stays one.
-inline Bits rounded(Vector<float> v) {
-  const Bits bits = (Bits)v, nan = (Bits)(v != v);
-  return ((bits + ((bits >> 16 & 1) + 0x7fff)) & ~nan) | (nan & 0x7fc00000);
-}
-
-template <class T>
-inline void store(T* to, Vector<Wide<T>> v) {
-  if constexpr (std::is_same_v<T, Wide<T>>) {
-    std::memcpy(to, &v, sizeof(v));
-    return;
-  }
-#if defined(SHIFTCONV_CHANNELS_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const __m256i bits = _mm512_cvtepi32_epi16((__m512i)(rounded(v) >> 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const __m256i high = (__m256i)(rounded(v) >> 16);
-    const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
-  }
-#else
-  if constexpr (sizeof(T) == 2)
-    for (int64_t i = 0; i < width<float>; ++i) to[i] = static_cast<T>(static_cast<float>(v[i]));
-#endif
-}
-
-// Lane l of a or, from width on, of b.
-template <int... l, class V>
-[[gnu::always_inline]] inline V shuffle(V a, V b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, l...);
-#else
-  using Index = std::conditional_t<std::is_same_v<V, Vector<double>>, int64_t, int32_t>;
-  return __builtin_shuffle(a, b, Vector<Index>{l...});
-#endif
-}
-
-// Exchanges the blocks of `step` lanes that lie off the diagonal of two vectors `step` rows apart.
-template <int step, class V>
-[[gnu::always_inline]] inline void exchange(V& a, V& b) {
-  constexpr int count = sizeof(V) / sizeof(a[0]);
-  [&]<int... l>(std::integer_sequence<int, l...>) __attribute__((always_inline)) {
-    const V low = shuffle<((l & step) ? count + l - step : l)...>(a, b);
-    b = shuffle<((l & step) ? count + l : l + step)...>(a, b);
-    a = low;
-  }(std::make_integer_sequence<int, count>{});
-}
-
-// Rows and columns change places.
-template <class W>
-[[gnu::always_inline]] inline void transpose(Vector<W> (&v)[width<W>]) {
-  constexpr int count = width<W>;
-  const auto stage = [&](auto step) __attribute__((always_inline)) {
-    if constexpr (step < count)
-      unroll<count>([&](auto i) __attribute__((always_inline)) {
-        if constexpr ((i & step) == 0) exchange<step>(v[i], v[i + step]);
-      });
-  };
-  stage(std::integral_constant<int, 1>{});
-  stage(std::integral_constant<int, 2>{});
-  stage(std::integral_constant<int, 4>{});
-  stage(std::integral_constant<int, 8>{});
 }
 
 // Channels that one vector carries: `valid` of them from `first`; those before `fresh` belong to another block.
@@ -200,9 +55,9 @@ void gather(const T* from, int64_t stride, int64_t valid, int64_t count, Vector<
   for (int64_t i = 0; i < count; i += lanes) {
     i = std::min(i, count - lanes);
     Vector<W> v[lanes];
-    unroll<lanes>([&](auto l) __attribute__((always_inline)) { v[l] = load<T>(row[l] + i); });
+    unrolled<lanes>([&](auto l) __attribute__((always_inline)) { v[l] = load<T>(row[l] + i); });
     transpose<W>(v);
-    unroll<lanes>([&](auto l) __attribute__((always_inline)) { to[i + l] = v[l]; });
+    unrolled<lanes>([&](auto l) __attribute__((always_inline)) { to[i + l] = v[l]; });
   }
 }
 
@@ -219,9 +74,9 @@ void scatter(const Vector<Wide<T>>* from, int64_t count, const Block& block, T* 
   for (int64_t i = 0; i < count; i += lanes) {
     i = std::min(i, count - lanes);
     Vector<W> v[lanes];
-    unroll<lanes>([&](auto l) __attribute__((always_inline)) { v[l] = from[i + l]; });
+    unrolled<lanes>([&](auto l) __attribute__((always_inline)) { v[l] = from[i + l]; });
     transpose<W>(v);
-    unroll<lanes>([&](auto l) __attribute__((always_inline)) {
+    unrolled<lanes>([&](auto l) __attribute__((always_inline)) {
       if (block.fresh <= l && l < block.valid) store<T>(to + l * stride + i, v[l]);
     });
   }

@@ -1,7 +1,6 @@
 // Planes of a feature map between memory and the scratch of the depthwise kernels, from and to both memory formats.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -32,30 +31,6 @@ template <class T>
   std::memset(static_cast<void*>(some), 0, sizeof(some));
   std::memcpy(static_cast<void*>(some), from, count * sizeof(T));
   return load<T>(some);
-#endif
-}
-
-// The transpose of a square of lanes.
-template <class W>
-[[gnu::always_inline]] inline void transpose(Vector<W> (&v)[lanes<W>]) {
-  constexpr int64_t n = lanes<W>;
-#if defined(__GNUC__) && !defined(__clang__)
-  // To lay the first half of the rows between the second one, as often as halves can be taken, transposes.
-  const Index<W> low = (iota<W>() >> 1) + (iota<W>() & 1) * n, high = low + n / 2;
-  unrolled<std::countr_zero(static_cast<uint64_t>(n))>([&](auto) __attribute__((always_inline)) {
-    Vector<W> next[n];
-    unrolled<n / 2>([&](auto i) __attribute__((always_inline)) {
-      next[2 * i] = __builtin_shuffle(v[i], v[i + n / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + n / 2], high);
-    });
-    unrolled<n>([&](auto i) __attribute__((always_inline)) { v[i] = next[i]; });
-  });
-#else
-  W rows[n][n], columns[n][n];
-  std::memcpy(rows, v, sizeof(rows));
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) columns[j][i] = rows[i][j];
-  std::memcpy(v, columns, sizeof(columns));
 #endif
 }
 

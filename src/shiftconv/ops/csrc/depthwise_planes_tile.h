@@ -3,9 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
-#include "active_simd.h"
+#include "simd.h"
 
 namespace shiftconv {
 
@@ -70,14 +69,6 @@ struct TileOutput {
   int64_t stride, rows, columns;  // at most those of a tile are written
   Wide<T> bias;
 };
-
-// Calls body with the numbers 0 to count - 1 as types. A loop would be unrolled too late to keep arrays in registers.
-template <int count, class Body>
-[[gnu::always_inline]] inline void unrolled(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (body(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, count>{});
-}
 
 // One block of taps: every input row is loaded once and taken to all output rows of the tile that it reaches.
 template <class A, int height, int taps>

@@ -66,47 +66,17 @@ inline void copy_row(Images<T> from, int64_t columns, Cell<T>* to) {
 }
 
 #if defined(SHIFTCONV_AVX512)
-// Rows and columns of a block of sixteen by sixteen lanes of 32 bits change places: first within quarters of vectors,
-// then the quarters themselves.
-inline void transpose_lanes(std::array<__m512i, 16>& row) {
-  std::array<__m512i, 16> t;
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      row[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      row[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-#pragma GCC unroll 2
-  for (int half = 0; half < 16; half += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      t[half + j] = _mm512_shuffle_i32x4(row[half + j], row[half + j + 4], 0x88);
-      t[half + j + 4] = _mm512_shuffle_i32x4(row[half + j], row[half + j + 4], 0xdd);
-    }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    row[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-    row[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-  }
-}
-
 // Sixteen columns of the channels `skip` to `skip + channels` of sixteen, to rows `plane` cells apart.
 template <class T>
 inline void gather_block(Images<T> from, int64_t column, int64_t columns, int64_t skip, int64_t channels, Cell<T>* to,
                          int64_t plane) {
-  std::array<__m512i, 16> block;
+  Vector<float> block[16];
   for (int64_t i = 0; i < 16; ++i)
-    block[i] = i < columns ? (__m512i)load_cells<T>(from.first + i * column,
-                                                    from.second ? from.second + i * column : nullptr)
-                           : __m512i{};
-  transpose_lanes(block);
-  for (int64_t k = 0; k < channels; ++k) _mm512_storeu_si512(to + k * plane, block[skip + k]);
+    block[i] = i < columns ? (Vector<float>)load_cells<T>(from.first + i * column,
+                                                          from.second ? from.second + i * column : nullptr)
+                           : Vector<float>{};
+  transpose<float>(block);
+  for (int64_t k = 0; k < channels; ++k) std::memcpy(static_cast<void*>(to + k * plane), &block[skip + k], 64);
 }
 #endif
 

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "active_simd.h"
+#include "simd.h"
 
 namespace shiftconv::tapwise {
 

@@ -1,5 +1,4 @@
-// Vectors for the interpolating kernels: as wide as the processor's, in float32 or float64, loaded from and stored to
-// any floating dtype.
+// Vectors as wide as the processor's, in float32 or float64, loaded from and stored to any floating dtype.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -9,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -233,6 +233,51 @@ inline void store(T* to, Vector<Wide<T>> v, int64_t count) {
   T all[lanes<Wide<T>>];
   store<T>(all, v);
   std::memcpy(static_cast<void*>(to), all, count * sizeof(T));
+}
+
+// Calls body with the numbers 0 to count - 1 as types. A loop would be unrolled too late to keep arrays in registers.
+template <int count, class Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, count>{});
+}
+
+// Lane l of a or, from their number on, of b.
+template <class W, int... l>
+[[gnu::always_inline]] inline Vector<W> shuffle(Vector<W> a, Vector<W> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, l...);
+#else
+  return __builtin_shuffle(a, b, Index<W>{l...});
+#endif
+}
+
+// Exchanges the blocks of `step` lanes that lie off the diagonal of two vectors `step` rows apart.
+template <class W, int step>
+[[gnu::always_inline]] inline void exchange(Vector<W>& a, Vector<W>& b) {
+  constexpr int count = lanes<W>;
+  [&]<int... l>(std::integer_sequence<int, l...>) __attribute__((always_inline)) {
+    const Vector<W> low = shuffle<W, ((l & step) ? count + l - step : l)...>(a, b);
+    b = shuffle<W, ((l & step) ? count + l : l + step)...>(a, b);
+    a = low;
+  }(std::make_integer_sequence<int, count>{});
+}
+
+// Rows and columns of a square of lanes change places.
+template <class W>
+[[gnu::always_inline]] inline void transpose(Vector<W> (&v)[lanes<W>]) {
+  constexpr int count = lanes<W>;
+  const auto stage = [&](auto step) __attribute__((always_inline)) {
+    if constexpr (step < count)
+      unrolled<count>([&](auto i) __attribute__((always_inline)) {
+        if constexpr ((i & step) == 0) exchange<W, step>(v[i], v[i + step]);
+      });
+  };
+  stage(std::integral_constant<int, 1>{});
+  stage(std::integral_constant<int, 2>{});
+  stage(std::integral_constant<int, 4>{});
+  stage(std::integral_constant<int, 8>{});
 }
 
 // Adjacent numbers as one or two vectors. 32 numbers of bfloat16 become two vectors of float32 by one operation each,
