@@ -5,13 +5,14 @@ from typing import Any
 import timm
 from torch import nn
 
-from shiftconv.models import active_resnet, fenet, shiftnet, shiftresnet
+from shiftconv.models import active_resnet, fenet, shiftnet, shiftresnet, shiftwise, slak, unireplknet
 from shiftconv.names import closest, unknown
 
 __all__ = ["create_model", "list_models"]
 
 # timm's registry knows a network's module by its last name
-_MODULES = [module.__name__.rpartition(".")[2] for module in (active_resnet, fenet, shiftnet, shiftresnet)]
+_NETWORKS = (active_resnet, fenet, shiftnet, shiftresnet, shiftwise, slak, unireplknet)
+_MODULES = [module.__name__.rpartition(".")[2] for module in _NETWORKS]
 
 
 def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:

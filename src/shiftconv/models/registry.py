@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
@@ -17,8 +17,10 @@ _FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")
 
 def arguments_of(family: Callable[..., nn.Module], fixed: Iterable[str] = ()) -> tuple[str, ...]:
     """The names of all arguments that networks of ``family`` take, but for those that the name of a network fixes."""
-    own = [name for name in inspect.signature(family).parameters if name not in (*fixed, "trunk")]
-    return *own, *TrunkArgs.__annotations__, *_FEATURE_ARGS
+    parameters = inspect.signature(family).parameters
+    own = [name for name in parameters if name not in (*fixed, "trunk")]
+    shared = get_args(parameters["trunk"].annotation)  # of Unpack[TrunkArgs], or of what extends it
+    return *own, *(shared[0] if shared else TrunkArgs).__annotations__, *_FEATURE_ARGS
 
 
 def check_arguments(

@@ -102,13 +102,16 @@ class Trunk(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected images [N, {self.in_chans}, H, W], got {[*x.shape]}")
 
+    def _through(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return blocks(x)
+        for block in blocks:
+            x = _checkpointed(block, x)
+        return x
+
     def _through_stages(self, x: Tensor) -> Tensor:
         for blocks in self._stages():
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                for block in blocks:
-                    x = _checkpointed(block, x)
-            else:
-                x = blocks(x)
+            x = self._through(blocks, x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:

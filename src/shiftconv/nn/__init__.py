@@ -1,6 +1,7 @@
 """Floor 2: modules over :mod:`shiftconv.ops`."""
 
 from shiftconv.nn.arrangement import ShiftwiseVariant
+from shiftconv.nn.dilated import DilatedReparamConv2d
 from shiftconv.nn.emulate import emulate_depthwise
 from shiftconv.nn.fold import PartialShift1d, PartialShift2d, PartialShift3d, fold_shift, fold_shifts
 from shiftconv.nn.large_kernel import LargeKernelConv2d
@@ -32,6 +33,7 @@ __all__ = [
     "ActiveShift2d",
     "ActiveShift3d",
     "AxialShift2d",
+    "DilatedReparamConv2d",
     "FourConnectedShift2d",
     "FreezeOffsets",
     "GroupShift1d",

@@ -93,6 +93,16 @@ class CrossConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels().apply(x)
 
+    @torch.no_grad()
+    def absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """Compute ``scale * y + shift`` instead of ``y`` from now on, both ``[C]``; in place."""
+        each = scale.view(-1, 1, 1, 1)
+        for kernel in (self.tall, self.wide, self.small):
+            if kernel is not None:
+                kernel.copy_(kernel * each)
+        bias = shift if self.bias is None else self.bias * scale + shift
+        self.bias = nn.Parameter(bias.to(self.tall.dtype))
+
     def extra_repr(self) -> str:
         sizes = [f"{kernel.shape[2]}x{kernel.shape[3]}" for kernel in self.kernels().kernels()]
         return f"{self.tall.shape[0]}, {' + '.join(sizes)}, padding={self.padding}, bias={self.bias is not None}"
