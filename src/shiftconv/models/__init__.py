@@ -5,14 +5,15 @@ from typing import Any
 import timm
 from torch import nn
 
-from shiftconv.models import active_resnet, fenet, shiftnet, shiftresnet, shiftwise, slak, unireplknet
+from shiftconv.models import active_resnet, fenet, replknet, shiftnet, shiftresnet, shiftwise, slak, unireplknet
 from shiftconv.names import closest, unknown
 
 __all__ = ["create_model", "list_models"]
 
 # timm's registry knows a network's module by its last name
-_NETWORKS = (active_resnet, fenet, shiftnet, shiftresnet, shiftwise, slak, unireplknet)
+_NETWORKS = (active_resnet, fenet, replknet, shiftnet, shiftresnet, shiftwise, slak, unireplknet)
 _MODULES = [module.__name__.rpartition(".")[2] for module in _NETWORKS]
+_NONE_IS_A_CHOICE = ("small_kernel_size", "layer_scale")  # timm drops every None; there 0 means the same
 
 
 def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
@@ -35,6 +36,7 @@ def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Mo
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = closest(name, timm.list_models(), cutoff=0.8)  # timm knows a thousand more, too many to list
         raise unknown("model", name, {*list_models(), *([near] if near else [])})
+    arguments = {key: 0 if value is None and key in _NONE_IS_A_CHOICE else value for key, value in arguments.items()}
     return timm.create_model(name, pretrained=pretrained, **arguments)
 
 

@@ -49,6 +49,7 @@ def register(
     out_indices: tuple[int, ...],
     fixed: Mapping[str, Any] | None = None,
     others: Mapping[str, Callable[..., nn.Module]] | None = None,
+    feature_cls: str = "list",
 ) -> Callable[..., nn.Module]:
     """Register ``family`` with the arguments ``fixed`` in timm as ``variant``, and return the function that makes it.
 
@@ -58,6 +59,7 @@ def register(
         out_indices: the features that ``features_only`` gives unless told.
         fixed: the arguments that the name stands for.
         others: the families of the same module, for errors.
+        feature_cls: how timm gets at the features: ``list`` of the children, or ``getter``, by the network itself.
     """
     fixed = dict(fixed or {})
     known = arguments_of(family, fixed)
@@ -65,7 +67,7 @@ def register(
     def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
         rest = {name: arguments_of(other) for name, other in (others or {}).items() if other is not family}
         check_arguments(variant, known, arguments, rest)
-        features = dict(out_indices=out_indices)
+        features = dict(out_indices=out_indices, feature_cls=feature_cls)
         return build_model_with_cfg(partial(family, **fixed), variant, pretrained, feature_cfg=features, **arguments)
 
     entry.__name__ = entry.__qualname__ = variant

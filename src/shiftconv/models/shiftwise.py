@@ -73,7 +73,11 @@ default_cfgs = generate_default_cfgs(
 globals().update(
     {
         f"{name}_{size}": register(
-            f"{name}_{size}", shiftwise, (0, 1, 2, 3), dict(depths=depths, dims=dims, version=version)
+            f"{name}_{size}",
+            shiftwise,
+            (0, 1, 2, 3),
+            dict(depths=depths, dims=dims, version=version),
+            feature_cls="getter",
         )
         for name, (version, sizes) in VERSIONS.items()
         for size, (depths, dims) in sizes.items()

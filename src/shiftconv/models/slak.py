@@ -47,12 +47,12 @@ def slak(
 
     ``kernel_sizes``, one for each stage, ``small_kernel_size`` and ``branch_norm`` are its arguments. ``width``
     multiplies all channels. The ConvNeXt of the authors, with batch norms, is ``kernel_sizes=(7, 7, 7, 7),
-    small_kernel_size=None, decomposed=False, width=1``.
+    small_kernel_size=None, decomposed=False, width=1``; 0 means None as well, which ``timm.create_model`` drops.
     """
     sizes = per_stage("kernel_sizes", kernel_sizes, len(depths))
 
     def mix(stage: int, index: int, dim: int) -> LargeKernelConv2d:
-        return LargeKernelConv2d(dim, sizes[stage], small_kernel_size, decomposed, branch_norm)
+        return LargeKernelConv2d(dim, sizes[stage], small_kernel_size or None, decomposed, branch_norm)
 
     return network(depths, dims, mix, width, **trunk)
 
@@ -154,7 +154,9 @@ default_cfgs = generate_default_cfgs(
 )
 globals().update(
     {
-        f"{name}_{size}": register(f"{name}_{size}", family, (0, 1, 2, 3), dict(depths=depths, dims=dims), FAMILIES)
+        f"{name}_{size}": register(
+            f"{name}_{size}", family, (0, 1, 2, 3), dict(depths=depths, dims=dims), FAMILIES, "getter"
+        )
         for name, family in FAMILIES.items()
         for size, (depths, dims) in SIZES.items()
     }

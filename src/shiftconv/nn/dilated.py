@@ -44,16 +44,17 @@ class DilatedReparamConv2d(nn.Module):
         ValueError: a size that is not among the published ones.
     """
 
-    large: DepthwiseBranch | None
+    dense: DepthwiseBranch | None
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
         dim, size = positive("dim", dim), positive("kernel_size", kernel_size)
         if size not in BRANCHES:
             raise ValueError(f"kernel_size must be one of {sorted(BRANCHES)}, got {size}")
-        self.large = DepthwiseBranch(dim, (size, size), True)
+        self.dense = DepthwiseBranch(dim, (size, size), True)
         self.dilations = tuple(dilation for _, dilation in BRANCHES[size])
-        self.dilated = nn.ModuleList(DepthwiseBranch(dim, (side, side), True) for side, _ in BRANCHES[size])
+        small = {f"k{side}_{gap}": DepthwiseBranch(dim, (side, side), True) for side, gap in BRANCHES[size]}
+        self.dilated = nn.ModuleDict(small)  # by side and distance of the taps
         self.merged: CrossConv2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,19 +92,19 @@ class DilatedReparamConv2d(nn.Module):
         """
         if self.merged is None:
             self.merged = CrossConv2d(self._folded())
-            self.large, self.dilated, self.dilations = None, nn.ModuleList(), ()
+            self.dense, self.dilated, self.dilations = None, nn.ModuleDict(), ()
 
     def _branches(self) -> list[tuple[DepthwiseBranch, int]]:
         """Each kernel and the distance of its taps, the large one first."""
-        assert self.large is not None
-        small = [branch for branch in self.dilated if isinstance(branch, DepthwiseBranch)]
-        return [(self.large, 1), *zip(small, self.dilations, strict=True)]
+        assert self.dense is not None
+        small = [branch for branch in self.dilated.values() if isinstance(branch, DepthwiseBranch)]
+        return [(self.dense, 1), *zip(small, self.dilations, strict=True)]
 
     def _folded(self) -> CrossKernels:
         """The sum of all kernels with the normalisations in them, added in float64."""
-        assert self.large is not None
-        size, dtype = self.large.weight.shape[2], self.large.weight.dtype
-        kernel, bias = self.large.folded(exact_dtype(self.large.weight))
+        assert self.dense is not None
+        size, dtype = self.dense.weight.shape[2], self.dense.weight.dtype
+        kernel, bias = self.dense.folded(exact_dtype(self.dense.weight))
         for branch, dilation in self._branches()[1:]:
             weight, shift = branch.folded(kernel.dtype)
             assert bias is not None

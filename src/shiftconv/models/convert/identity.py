@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from shiftconv.models import create_model
-from shiftconv.models.convert import shiftresnet
+from shiftconv.models.convert import large_kernels, shiftresnet
+from shiftconv.models.convert.translate import Found, recognise, to_ours, unwrapped
 
 Shape = tuple[int, ...]
-_FAMILIES = (shiftresnet.identify,)
+_FAMILIES = (shiftresnet.identify, large_kernels.identify, large_kernels.identify_convnext)
 """Each answers with name and arguments, or None for keys of other families. A new family is one more entry."""
 
 COUNTER = "num_batches_tracked"
@@ -67,23 +68,24 @@ def _kind(tensor: Tensor) -> str:
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> Identity:
-    """The network that has exactly these keys and shapes.
+    """The network that has exactly these keys and shapes, be they ours or the authors'.
 
     Raises:
         ValueError: no network of this package has; says what the keys look like.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    found = recognise(state_dict)
+    shapes = {key: tuple(tensor.shape) for key, tensor in found.state_dict.items()}
     for family in _FAMILIES:
-        if (found := family(shapes)) is not None:
-            identity = Identity(*found)
-            verify(identity, state_dict)
+        if (named := family(shapes)) is not None:
+            identity = Identity(*named)
+            verify(identity, found)
             return identity
     raise ValueError(f"no network of shiftconv has these {len(shapes)} keys: {_some(list(shapes))}")
 
 
-def verify(identity: Identity, state_dict: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless ``identity`` has the keys and shapes of ``state_dict``; allocates no weights."""
+def verify(identity: Identity, found: Found) -> None:
+    """Raise ValueError unless ``identity`` has the keys and shapes of what was ``found``; allocates no weights."""
     with torch.device("meta"):
-        needed = create_model(identity.model, **identity.model_args).state_dict()
-    if difference := compare(state_dict, needed):
+        network = create_model(identity.model, **identity.model_args)
+    if difference := compare(to_ours(found, network), unwrapped(network).state_dict()):
         raise ValueError(f"nearest to {identity}, but it differs: {difference}")

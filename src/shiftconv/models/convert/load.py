@@ -17,6 +17,7 @@ from shiftconv import files
 from shiftconv.models import create_model
 from shiftconv.models.convert.checkpoint import Checkpoint, read_checkpoint
 from shiftconv.models.convert.identity import COUNTER, Identity, compare, identify, verify
+from shiftconv.models.convert.translate import recognise, to_ours, unwrapped
 
 _StrPath = str | os.PathLike[str]
 # A file may say how its network is built, but not what else is read or downloaded.
@@ -70,10 +71,14 @@ def load_checkpoint(model: nn.Module | None, path: _StrPath) -> nn.Module:
         raise TypeError(f"model must be a network or None, got {type(model).__name__}")
     checkpoint = read_checkpoint(path)
     model = _build(_identity(checkpoint, path)) if model is None else model
-    needed = model.state_dict()
-    if difference := compare(checkpoint.state_dict, needed):
+    inner = unwrapped(model)
+    needed = inner.state_dict()
+    weights = to_ours(recognise(checkpoint.state_dict), model)
+    if inner is not model:
+        weights = _backbone(weights, needed)
+    if difference := compare(weights, needed):
         raise ValueError(f"{path} does not fit {type(model).__name__}: {difference}{_what_instead(checkpoint)}")
-    model.load_state_dict(_with_counters(checkpoint.state_dict, needed))
+    inner.load_state_dict(_with_counters(weights, needed))
     return model
 
 
@@ -95,10 +100,16 @@ def _identity(checkpoint: Checkpoint, path: _StrPath) -> Identity:
         if refused := _FORBIDDEN_ARGS & set(arguments):
             raise ValueError(f"a checkpoint must not set {', '.join(sorted(refused))}")
         identity = Identity(name, arguments)
-        verify(identity, checkpoint.state_dict)
+        verify(identity, recognise(checkpoint.state_dict))
     except Exception as error:  # constructors were not written for arguments that a file makes up
         raise ValueError(f"cannot tell the network of {path}: {error}") from error
     return identity
+
+
+def _backbone(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the head that a backbone does not have, and with the norms of its features as they are at first."""
+    kept = {key: value for key, value in weights.items() if key in needed or not key.startswith(("norm.", "linear."))}
+    return kept | {key: needed[key] for key in needed if key.startswith("feature_norms.") and key not in kept}
 
 
 def _what_instead(checkpoint: Checkpoint) -> str:
@@ -139,7 +150,8 @@ def convert(source: _StrPath, target: _StrPath) -> Report:
     identity = _identity(checkpoint, source)
     with torch.device("meta"):
         network = create_model(identity.model, **identity.model_args)
-    weights = _with_counters(checkpoint.state_dict, network.state_dict())
+    weights = to_ours(recognise(checkpoint.state_dict), network)
+    weights = _with_counters(weights, unwrapped(network).state_dict())
     weights = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
     meta = {key: value for key, value in checkpoint.meta.items() if key in ("epoch", "acc", "metrics")}
     if target.suffix == ".pth":
