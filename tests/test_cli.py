@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from shiftconv.cli import VERBS, main
+from shiftconv.models import create_model
 
 
 @pytest.fixture
@@ -83,6 +85,31 @@ def test_count_is_exact_unless_told_otherwise(run):
     assert "layer3.2.conv2" in layers
 
 
+RESNET20 = (272_474, 1_578)  # numbers in all of its parameters, and in those of one dimension
+
+
+def test_count_at_a_density(run):
+    whole, vectors = RESNET20
+    status, out, err = run("count", "resnet20", "--density", "0.5")
+    assert status == 0, err
+    assert f"resnet20: {whole:,} parameters (272 k), {vectors + (whole - vectors) // 2:,} not 0 (137 k)" in out
+    assert out.endswith(" for one 3x32x32 image, at density 0.5, uniform\n")
+    *_, total, note = run("count", "resnet20", "--density", "0.5", "--by", "layer")[1].splitlines()
+    assert (total.split()[1:3], note) == ([f"{whole:,}", "137,026"], "at density 0.5, uniform")
+    assert run("count", "resnet20", "--density", "1")[1].startswith("resnet20: 272,474 parameters (272 k), 40,813,184 ")
+
+
+def test_count_of_a_checkpoint(run, tmp_path):
+    network = create_model("resnet20")
+    network.get_submodule("layer3.2.conv2").weight.data[:10] = 0
+    torch.save(network.state_dict(), file := tmp_path / "net.pth")
+    for name in ((), ("resnet20",)):
+        status, out, err = run("count", *name, "--checkpoint", str(file))
+        assert status == 0, err
+        assert f"{RESNET20[0]:,} parameters (272 k), {RESNET20[0] - 10 * 64 * 9:,} not 0" in out
+        assert f"40,813,184 MACs (40.8 M), {40_813_184 - 64 * 10 * 64 * 9:,} effective" in out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -100,7 +127,14 @@ def test_count_is_exact_unless_told_otherwise(run):
         ("count shiftresnet2O", "did you mean 'shiftresnet20'?"),
         ("count shiftresnet20 --convetion readme", "unknown option --convetion; did you mean --convention?"),
         ("count shiftresnet20 --expnsion 3", "no argument 'expnsion'; did you mean 'expansion'?"),
-        ("count shiftresnet20 --size 32 --convention readme", "leave --size and --by out"),
+        ("count shiftresnet20 --size 32 --convention readme", "leave --size, --by, --checkpoint and --density out"),
+        ("count shiftresnet20 --density 0.6 --convention head", "leave --size, --by, --checkpoint and --density out"),
+        ("count --checkpoint {tmp}/none.t7 --convention head", "leave --size, --by, --checkpoint and --density out"),
+        ("count --density 0.6", "count needs the name of a network, or --checkpoint alone"),
+        ("count --checkpoint {tmp}/none.t7 --expansion 3", "count needs the name of a network, or --checkpoint alone"),
+        ("count --checkpoint {tmp}/none.t7", "no checkpoint"),
+        ("count resnet20 --checkpoint {tmp}/none.t7 --density 0.6", "leave --density or --checkpoint out"),
+        ("count resnet20 --density 0", "density must be in (0, 1], got 0"),
         ("count resnet20 --reduction 1000", "reduction=1000"),
         ("eval", "required: checkpoint"),
         ("eval --checkpoint {tmp}/none.t7", "no checkpoint"),

@@ -138,13 +138,15 @@ def evaluate(
 
 
 def count_(
-    model: str,
+    model: str | None = None,
     model_args: ModelArgs = {},  # noqa: B006  never changed; jsonargparse shows it
     size: int | None = None,
     convention: Literal["exact", "readme", "head"] = "exact",
     by: Literal["model", "layer"] = "model",
+    checkpoint: Path | None = None,
+    density: float | None = None,
 ) -> None:
-    """Count parameters and multiply-accumulates of a network.
+    """Count parameters and multiply-accumulates of a network, and those that are not 0.
 
     Args:
         model: network name; its own arguments are options too (--expansion 3, --reduction 2.8 --reduction-mode block).
@@ -152,18 +154,34 @@ def count_(
         size: height and width of the image in pixels; the network's own unless given.
         convention: exact, or one of the two formulas of the ShiftResNet authors' utility (their README's, their last).
         by: one line for the network, or one for each of its layers.
+        checkpoint: a file whose weights are counted, zeros and all; without a name the network is read from it too.
+        density: share of each kernel and matrix that is kept, at random, as if the network were as sparse, in (0, 1].
     """
     from shiftconv.analysis import count as exact
+    from shiftconv.analysis.zeros import thin
     from shiftconv.models import create_model
+    from shiftconv.models.convert import load_checkpoint
     from shiftconv.models.convert.readme_count import readme_count
 
-    if convention == "exact":
-        counted = exact(create_model(model, **model_args), size=size)
-        _line(str(counted) if by == "model" else counted.table())
-    elif size is not None or by != "model":
-        raise ValueError("the authors' conventions are for the network and 32x32 images; leave --size and --by out")
-    else:
+    if model is None and (checkpoint is None or model_args):
+        raise ValueError("count needs the name of a network, or --checkpoint alone to read it from a file")
+    if convention != "exact":
+        if model is None or (size, by, checkpoint, density) != (None, "model", None, None):
+            options = "--size, --by, --checkpoint and --density"
+            raise ValueError(f"the authors' conventions are for a new network and 32x32 images; leave {options} out")
         _line(*readme_count(model, convention, **model_args).lines())
+        return
+    if checkpoint is not None and density is not None:
+        raise ValueError("a checkpoint has a density of its own; leave --density or --checkpoint out")
+    network = None if model is None else create_model(model, **model_args)
+    if checkpoint is not None:
+        network = load_checkpoint(network, checkpoint)
+    assert network is not None
+    if density is not None:
+        thin(network, density)
+    counted = exact(network, size=size)
+    note = [] if density is None else [f"at density {density:g}, uniform"]
+    _line(", ".join([str(counted), *note]) if by == "model" else "\n".join([counted.table(), *note]))
 
 
 def convert_(source: Path, target: Path) -> None:
@@ -265,10 +283,14 @@ def _parser(verb: str) -> "ArgumentParser":
     parser = ArgumentParser(
         prog=f"shiftconv {verb}", description=_summary(function), exit_on_error=False, allow_abbrev=False
     )
-    skip: dict[str, set[str | int]] = {"train": {"recipe", "name"}, "list": {"what"}}
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip.get(verb))
-    if verb == "list":
-        parser.add_argument("what", nargs="?", type=signature(list_).parameters["what"].annotation, default="all")
+    optional = {"list": "what", "count": "model"}.get(verb)  # stands by its place all the same
+    skip: set[str | int] = {"recipe", "name"} if verb == "train" else {optional} if optional else set()
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
+    if optional:
+        parameter = signature(function).parameters[optional]
+        told = re.search(rf"^ +{optional}: (.+)$", function.__doc__ or "", re.MULTILINE)
+        options = {"type": parameter.annotation, "default": parameter.default, "help": told[1] if told else None}
+        parser.add_argument(optional, nargs="?", **options)
     return parser
 
 

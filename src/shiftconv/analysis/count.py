@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+from shiftconv.analysis.zeros import ZeroProducts, nonzero
+
 _LOG = logging.getLogger(FakeTensorMode.__module__)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_NUMBERS = ("parameters", "not 0", "MACs", "effective")
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class LayerCount:
     output: tuple[int, ...]
     """Shape of its output, ``[1, C, H, W]`` for a convolution; empty if it gives anything but one tensor."""
     parameters: int
+    nonzero_parameters: int
     macs: int
+    effective_macs: int
 
 
 @dataclass(frozen=True)
 class Count:
-    """The cost of a network for one image."""
+    """The cost of a network for one image, dense and with the zeros in its weights left out."""
 
     model: str
     """Name of its class, or what timm calls it."""
@@ -46,9 +52,17 @@ class Count:
     """``(C, H, W)`` of the image."""
     parameters: int
     """Numbers in its parameters, frozen ones included; running statistics are none."""
+    nonzero_parameters: int
+    """``parameters`` less the zeros in those of two or more dimensions. Biases, norms and layer scales, which are not
+    pruned but may pass through 0, count whole, as in the counts that SLaK's authors publish."""
     macs: int
     """Multiply-accumulates of its convolutions and matrix products. Biases, norms, activations, pooling, sums and
     shifts count 0."""
+    effective_macs: int
+    """``macs`` less those by a zero of the weight: of the tensor that the convolution or product is given, if it is
+    made of parameters (and buffers) alone, by whatever steps. So a composed kernel counts where any of its small
+    kernels is not 0, and a folded one where its taps are not 0 after the fold. Products with buffers, of two maps, by
+    weights without data (``meta``) or by weights that were written in place are dense ones."""
     activations: int
     """Numbers in the outputs of all layers that have MACs and give one tensor."""
     layers: tuple[LayerCount, ...]
@@ -56,22 +70,28 @@ class Count:
 
     def __str__(self) -> str:
         image = "x".join(str(n) for n in self.size)
-        cost = f"{self.parameters:,} parameters ({_short(self.parameters)}), {self.macs:,} MACs ({_short(self.macs)})"
-        return f"{self.model}: {cost} for one {image} image"
+        told = compress(zip(_NUMBERS, _numbers(self), strict=True), self._told())
+        return f"{self.model}: {', '.join(f'{n:,} {name} ({_short(n)})' for name, n in told)} for one {image} image"
 
     def table(self) -> str:
         """One line of text for each of ``layers``, and their sums."""
-        head = ("layer", "kind", "output", "parameters", "MACs")
-        rows = [(r.name, r.kind, "x".join(map(str, r.output)), f"{r.parameters:,}", f"{r.macs:,}") for r in self.layers]
-        lines = [head, *rows, ("total", "", "", f"{self.parameters:,}", f"{self.macs:,}")]
+        told = self._told()
+        lines = [["layer", "kind", "output", *compress(_NUMBERS, told)]]
+        lines += [[r.name, r.kind, "x".join(map(str, r.output)), *_figures(r, told)] for r in self.layers]
+        lines += [["total", "", "", *_figures(self, told)]]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [[t.ljust(w) for t, w in zip(line[:3], widths[:3], strict=True)] for line in lines]
         numbers = [[t.rjust(w) for t, w in zip(line[3:], widths[3:], strict=True)] for line in lines]
         return "\n".join("  ".join([*a, *b]) for a, b in zip(text, numbers, strict=True))
 
+    def _told(self) -> tuple[bool, bool, bool, bool]:
+        """Which of the numbers are worth telling; weights drawn from a continuous distribution have a few zeros too."""
+        some = 1 - 1e-5
+        return True, self.nonzero_parameters < some * self.parameters, True, self.effective_macs < some * self.macs
+
 
 def count(model: nn.Module, size: int | Sequence[int] | None = None) -> Count:
-    """Parameters and MACs of ``model`` for one image, as it runs in evaluation.
+    """Parameters and MACs of ``model`` for one image, as it runs in evaluation; dense, and less the zeros of weights.
 
     The model may be any module that takes one tensor ``[1, C, H, W]``, on any device. It is as it was afterwards:
     weights, running statistics and modes. Hooks that it has do run, on tensors without data.
@@ -96,21 +116,29 @@ def count(model: nn.Module, size: int | Sequence[int] | None = None) -> Count:
         raise ValueError(f"count needs the shape of every parameter; {lazy[0]} gets its own at the first forward pass")
     shape = _image_shape(model, size)
     trace = _Trace()
+    learned = dict(model.named_parameters())
+    # Detached, as the counter takes what needs a gradient for recorded.
+    values = {name: value.detach() for name, value in (*learned.items(), *model.named_buffers())}
     with _evaluating(model), trace, _without_data() as fake:
-        tensors: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in _tensors(model)}
+        tensors: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in values.items()}
+        for name, value in values.items():
+            trace.zeros.follow(tensors[name], value, name in learned)
         first = next((v for v in tensors.values() if v.is_floating_point()), torch.empty(0))
         image = torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
         try:
             torch.func.functional_call(model, tensors, (image,))
         except Exception as error:
             raise ValueError(f"{type(model).__name__} does not run on an image {[*image.shape]}: {error}") from error
-    layers = tuple(_rows(model, trace))
+    zeros = {id(value): value.numel() - nonzero(value) for value in model.parameters()}
+    layers = tuple(_rows(model, trace, zeros))
     cfg = getattr(model, "default_cfg", None) or {}
     return Count(
         model=cfg.get("architecture") or type(model).__name__,
         size=shape,
-        parameters=sum(value.numel() for value in model.parameters()),
+        parameters=(parameters := sum(value.numel() for value in model.parameters())),
+        nonzero_parameters=parameters - sum(zeros.values()),
         macs=trace.total(),
+        effective_macs=trace.total() - sum(trace.by_zeros.values()),
         activations=sum(trace.activations.values()),
         layers=layers,
     )
@@ -121,15 +149,19 @@ class _Trace:
 
     def __init__(self):
         self.macs: dict[nn.Module, int] = {}
+        self.by_zeros: dict[nn.Module | None, int] = {}
         self.output: dict[nn.Module, tuple[int, ...]] = {}
         self.activations: dict[nn.Module, int] = {}
+        self.zeros = ZeroProducts(self._note)
         self._counter = FlopCounterMode(display=False)
-        self._open: list[list[int]] = []  # total at the entry, MACs of finished children; innermost module last
+        self._running: list[nn.Module] = []  # innermost last, here and in the next list
+        self._open: list[list[int]] = []  # total at the entry, MACs of finished children
 
     def total(self) -> int:
         return self._counter.get_total_flops() // 2
 
     def __enter__(self) -> None:
+        self.zeros.__enter__()  # below the counter, which takes composite operators apart
         self._counter.__enter__()
         self._handles = (register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave))
 
@@ -137,11 +169,18 @@ class _Trace:
         for handle in self._handles:
             handle.remove()
         self._counter.__exit__(*exception)
+        self.zeros.__exit__(*exception)
+
+    def _note(self, macs_by_zeros: int) -> None:
+        module = self._running[-1] if self._running else None  # none in the hooks of the network itself
+        self.by_zeros[module] = self.by_zeros.get(module, 0) + macs_by_zeros
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
         self._open.append([self.total(), 0])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
         start, inside = self._open.pop()
         whole = self.total() - start
         if self._open:
@@ -154,22 +193,24 @@ class _Trace:
                 self.activations[module] = self.activations.get(module, 0) + output.numel()
 
 
-def _rows(model: nn.Module, trace: _Trace) -> Iterator[LayerCount]:
+def _rows(model: nn.Module, trace: _Trace, zeros: dict[int, int]) -> Iterator[LayerCount]:
     names = {module: name for name, module in model.named_modules()}
     seen: set[int] = set()
     for module in [*trace.macs, *(module for module in names if module not in trace.macs)]:
-        own = {id(value): value.numel() for value in module.parameters(recurse=False)}
-        parameters = sum(n for key, n in own.items() if key not in seen)  # tied weights count once
+        own = {id(value): value for value in module.parameters(recurse=False)}
+        new = [value for key, value in own.items() if key not in seen]  # tied weights count once
         seen.update(own)
-        macs = trace.macs.get(module, 0)
+        parameters, macs = sum(value.numel() for value in new), trace.macs.get(module, 0)
         if parameters or macs:
-            name = names.get(module, "")
-            yield LayerCount(name, type(module).__name__, trace.output.get(module, ()), parameters, macs)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+            yield LayerCount(
+                name=names.get(module, ""),
+                kind=type(module).__name__,
+                output=trace.output.get(module, ()),
+                parameters=parameters,
+                nonzero_parameters=parameters - sum(zeros.get(id(value), 0) for value in new),
+                macs=macs,
+                effective_macs=macs - trace.by_zeros.get(module, 0),
+            )
 
 
 @contextmanager
@@ -228,6 +269,14 @@ def _channels(model: nn.Module) -> int:
         return declared
     first = next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
     return first.in_channels if first else 3
+
+
+def _numbers(row: Count | LayerCount) -> tuple[int, int, int, int]:
+    return row.parameters, row.nonzero_parameters, row.macs, row.effective_macs
+
+
+def _figures(row: Count | LayerCount, told: Sequence[bool]) -> list[str]:
+    return [f"{number:,}" for number in compress(_numbers(row), told)]
 
 
 def _short(number: int) -> str:

@@ -68,7 +68,10 @@ def register(
         rest = {name: arguments_of(other) for name, other in (others or {}).items() if other is not family}
         check_arguments(variant, known, arguments, rest)
         features = dict(out_indices=out_indices, feature_cls=feature_cls)
-        return build_model_with_cfg(partial(family, **fixed), variant, pretrained, feature_cfg=features, **arguments)
+        given = {name: value for name, value in arguments.items() if name not in _TIMM_ARGS}
+        network = build_model_with_cfg(partial(family, **fixed), variant, pretrained, feature_cfg=features, **arguments)
+        network.model_args = given  # with the name in its pretrained_cfg all that it takes to make it again
+        return network
 
     entry.__name__ = entry.__qualname__ = variant
     entry.__module__ = family.__module__  # where timm looks for the configuration
