@@ -332,8 +332,9 @@ def normalise(model):
         (lambda m: m.weight * torch.rand_like(m.weight).mul(0), 72),
         (normalise, 72),  # writes to the mask
         (write, 72),
+        (lambda m: (m.weight * m.mask).add_(1), 72),
     ],
-    ids=["mask", "attribute", "pieces", "choice", "buffer", "random", "normalised", "written"],
+    ids=["mask", "attribute", "pieces", "choice", "buffer", "random", "normalised", "written", "no longer 0"],
 )
 def test_zeros_of_what_is_made_of_weights(how, effective):
     model, random = Made(how), torch.get_rng_state()

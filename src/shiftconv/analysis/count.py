@@ -129,13 +129,14 @@ def count(model: nn.Module, size: int | Sequence[int] | None = None) -> Count:
             torch.func.functional_call(model, tensors, (image,))
         except Exception as error:
             raise ValueError(f"{type(model).__name__} does not run on an image {[*image.shape]}: {error}") from error
+    parameters = sum(value.numel() for value in model.parameters())
     zeros = {id(value): value.numel() - nonzero(value) for value in model.parameters()}
     layers = tuple(_rows(model, trace, zeros))
     cfg = getattr(model, "default_cfg", None) or {}
     return Count(
         model=cfg.get("architecture") or type(model).__name__,
         size=shape,
-        parameters=(parameters := sum(value.numel() for value in model.parameters())),
+        parameters=parameters,
         nonzero_parameters=parameters - sum(zeros.values()),
         macs=trace.total(),
         effective_macs=trace.total() - sum(trace.by_zeros.values()),
