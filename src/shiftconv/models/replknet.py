@@ -132,7 +132,8 @@ class RepLKNet(LargeKernelNet):
         depths: blocks of each stage.
         dims: see there.
         feature_norm: see there; a batch norm for the features of each stage.
-        net: see there.
+        head_init_scale: see there.
+        trunk: see :class:`~shiftconv.models.trunk.TrunkArgs`.
     """
 
     def __init__(
@@ -141,9 +142,10 @@ class RepLKNet(LargeKernelNet):
         depths: Sequence[int],
         dims: Sequence[int],
         feature_norm: bool = False,
-        **net: Any,
+        head_init_scale: float = 1.0,
+        **trunk: Unpack[TrunkArgs],
     ):
-        super().__init__(block, depths, dims, REPLK, **net)
+        super().__init__(block, depths, dims, REPLK, head_init_scale=head_init_scale, **trunk)
         self.norm = nn.BatchNorm2d(dims[-1])
         self.feature_norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in dims) if feature_norm else None
         for module in self.modules():
