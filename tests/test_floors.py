@@ -8,6 +8,7 @@ BELOW = {  # floor: the shiftconv packages that it may import
     "names": set(),
     "files": set(),
     "_version": set(),
+    "options": set(),
     "ops": set(),
     "sparse": set(),
     "distill": set(),

@@ -5,18 +5,16 @@ Nothing heavy is imported before a verb runs, so ``--help`` and mistakes are ans
 
 import fnmatch
 import os
-import re
 import sys
-from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shiftconv._version import __version__
 from shiftconv.names import closest, unknown
+from shiftconv.options import parse, spell
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -42,12 +40,12 @@ def demo(out: Path = Path("shiftconv-demo"), seed: int = 0, epochs: int | None =
     _line(*result.next_steps())
 
 
-def list_(what: Literal["all", "models", "recipes", "data"] = "all", pattern: str = "*") -> None:
+def list_(what: Sequence[str] = (), pattern: str = "*") -> None:
     """Name the networks, the recipes and the data sets.
 
     Args:
-        what: which of them.
-        pattern: only names that match, for example "shiftresnet*".
+        what: models, recipes or data, and patterns such as 'slak*'; all unless given.
+        pattern: only names that match, the same as the pattern alone.
     """
     from shiftconv import models, recipes
     from shiftconv.train import data
@@ -57,11 +55,15 @@ def list_(what: Literal["all", "models", "recipes", "data"] = "all", pattern: st
         "recipes": (recipes.names(), "shiftconv train NAME"),
         "data": (data.names(), "shiftconv train RECIPE --data.name NAME"),
     }
-    shown = {kind: fnmatch.filter(names[kind][0], pattern) for kind in names if what in ("all", kind)}
-    if not any(shown.values()):
-        raise ValueError(f"no name matches {pattern!r}")
-    for kind, matching in shown.items():
-        if matching:
+    kinds = [word for word in what if word in names] or [*names]
+    patterns = [word for word in what if word not in (*names, "all")] or [pattern]
+    known = [name for kind in kinds for name in names[kind][0]]
+    for word in patterns:
+        if not fnmatch.filter(known, word):
+            close = closest(word, [*names, *known])
+            raise ValueError(f"no name matches {word!r}" + (f"; did you mean {close}?" if close else ""))
+    for kind in kinds:
+        if matching := [name for name in names[kind][0] if any(fnmatch.fnmatch(name, word) for word in patterns)]:
             _line(f"{kind}    ({names[kind][1]})", *(f"  {name}" for name in matching))
 
 
@@ -184,16 +186,29 @@ def count_(
     _line(", ".join([str(counted), *note]) if by == "model" else "\n".join([counted.table(), *note]))
 
 
-def convert_(source: Path, target: Path) -> None:
-    """Turn any checkpoint, a released .t7 among them, into .safetensors or .pth; nothing in the file is executed.
+def convert_(
+    source: Path,
+    target: Path,
+    names: Literal["ours", "authors", "authors-merged"] = "ours",
+    ema: bool = False,
+    model: str | None = None,
+    model_args: ModelArgs = {},  # noqa: B006  never changed; jsonargparse shows it
+) -> None:
+    """Turn any checkpoint, a released one among them, into .safetensors or .pth; nothing in the file is executed.
 
     Args:
         source: the file to read.
         target: the file to write, ending in .safetensors or .pth.
+        names: whose names the weights get: ours, the authors', or the authors' of their merged form.
+        ema: take the averaged weights of the file.
+        model: network name, where the file does not tell; its own arguments are options too (--num_shifts 1).
+        model_args: the same as a mapping.
     """
     from shiftconv.models.convert import convert as run
 
-    _line(str(run(source, target)))
+    if model is None and model_args:
+        raise ValueError(f"arguments of a network, {', '.join(model_args)}, need its name: --model NAME")
+    _line(str(run(source, target, names, ema, model, model_args)))
 
 
 def doctor(op: str | None = None) -> None:
@@ -263,7 +278,7 @@ def _run(argv: list[str]) -> None:
     elif verb == "train":
         _train(argv[1:])
     else:
-        VERBS[verb](**vars(_parse(_parser(verb), _spell(argv[1:], verb))))
+        VERBS[verb](**vars(parse(_parser(verb), spell(argv[1:], verb, VERBS[verb]))))
 
 
 def _usage() -> str:
@@ -283,14 +298,14 @@ def _parser(verb: str) -> "ArgumentParser":
     parser = ArgumentParser(
         prog=f"shiftconv {verb}", description=_summary(function), exit_on_error=False, allow_abbrev=False
     )
-    optional = {"list": "what", "count": "model"}.get(verb)  # stands by its place all the same
-    skip: set[str | int] = {"recipe", "name"} if verb == "train" else {optional} if optional else set()
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
-    if optional:
-        parameter = signature(function).parameters[optional]
-        told = re.search(rf"^ +{optional}: (.+)$", function.__doc__ or "", re.MULTILINE)
-        options = {"type": parameter.annotation, "default": parameter.default, "help": told[1] if told else None}
-        parser.add_argument(optional, nargs="?", **options)
+    skip: dict[str, set[str | int]] = {"train": {"recipe", "name"}, "list": {"what"}, "count": {"model"}}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip.get(verb))
+    if verb == "list":
+        parser.add_argument("what", nargs="*", help="models, recipes or data, and patterns such as 'slak*'.")
+    if verb == "count":
+        parser.add_argument(
+            "model", nargs="?", type=str | None, help="network name; found in the checkpoint if absent."
+        )
     return parser
 
 
@@ -313,64 +328,15 @@ def _train(argv: list[str]) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {name}")
         try:
-            _parse(parser, ["--config", name])  # alone first, so that its mistakes are told as the file's
+            parse(parser, ["--config", name])  # alone first, so that its mistakes are told as the file's
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         argv, name = ["--config", name, *argv], file.parent.name if file.stem == "config" else file.stem
     else:
         parser.set_defaults(asdict(recipes.get(name)))
-    parsed = _parse(parser, _spell(argv, "train"))
+    parsed = parse(parser, spell(argv, "train", train))
     recipe = Recipe(**{f.name: parsed[f.name] for f in fields(Recipe)})
     train(recipe, name, out=parsed.out, resume=parsed.resume, device=parsed.device)
-
-
-def _parse(parser: "ArgumentParser", argv: list[str]) -> Any:
-    """What the options say, as objects."""
-    try:
-        return parser.instantiate(parser.parse_args(argv))
-    except ArgumentError as error:
-        raise ValueError(_mistake(error, parser)) from None
-
-
-def _mistake(error: ArgumentError, parser: "ArgumentParser") -> str:
-    """What the parser complains about, in one line, with the name that was probably meant."""
-    text = " ".join(str(error).split()).replace("Unexpected config:", "expected names and values of settings")
-    options = list(parser.get_defaults().keys())
-    if key := re.search(r'Parser key "([^"]+)".* (?:Got|Given) value: (.*)', text):
-        if choices := re.search(r"Literal\[(.*?)\]", text):
-            names = re.findall(r"'([^']+)'", choices[1])
-            close = closest(key[2], names)
-            return f"{key[1]} must be one of {', '.join(names)}, got {key[2]}" + (
-                f"; did you mean {close}?" if close else ""
-            )
-        kinds = " or ".join(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
-        return f"{key[1]} must be {kinds.replace('NoneType', 'null')}, got {key[2]}" if kinds else text
-    if wrong := re.search(r"unrecognized arguments: --([^\s=]+)|[Oo]ption '([^']+)'", text):
-        name = wrong[1] or wrong[2]
-        close = closest(name, options) or closest(name, {option.rpartition(".")[2]: option for option in options})
-        hint = f"did you mean {close}?" if close else "an argument of the network goes as --model_args.NAME"
-        return f"unknown option {name}; {hint}" if close or "model_args" in options else f"unknown option {name}"
-    return text
-
-
-def _spell(argv: list[str], verb: str) -> list[str]:
-    """Options as the parser spells them: underscores for dashes, and --expansion 3 as one of model_args."""
-    parameters = signature(VERBS[verb]).parameters
-    spelt = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if verb == "eval" and name == "checkpoint":  # as the authors' program had it; here it stands by its place
-                spelt += [value] if equals else []
-                continue
-            if "model_args" in parameters and name.split(".")[0] not in (*parameters, "help"):
-                if close := closest(name, parameters, cutoff=0.8):
-                    raise ValueError(f"unknown option --{name}; did you mean --{close}?")
-                name = f"model_args.{name}"
-            word = f"--{name}{equals}{value}"
-        spelt.append(word)
-    return spelt
 
 
 def _line(*lines: str) -> None:

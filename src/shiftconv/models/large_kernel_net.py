@@ -101,13 +101,20 @@ class LargeKernelNet(Trunk):
         self.head_init_scale = head_init_scale
         self._add_head(dims[-1], **head)
         for module in self.modules():
-            _initialise(module)
+            self._initialise(module)
         self._scale_head()
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
-        _initialise(self.linear)
+        self._initialise(self.linear)
         self._scale_head()
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Weights normally distributed with a deviation of 0.02, biases 0, as in ConvNeXt; depthwise kernels too."""
+        if isinstance(module, nn.Conv2d | nn.Linear | DepthwiseBranch):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def _scale_head(self) -> None:
         with torch.no_grad():
@@ -123,15 +130,15 @@ class LargeKernelNet(Trunk):
         """
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            if isinstance(stage.downsample, nn.Sequential) and isinstance(stage.downsample[0], nn.LayerNorm):
-                norm, conv = stage.downsample
-                assert isinstance(conv, nn.Conv2d)
-                fold_affine(norm, conv)
+            match [*stage.downsample.children()]:
+                case [nn.LayerNorm() as norm, nn.Conv2d() as conv]:
+                    fold_affine(norm, conv)
             for block in stage.blocks:
                 if isinstance(block, Block):
                     block.reparameterize()
-        if isinstance(self.linear, nn.Linear) and len(self.norm.normalized_shape) == self.linear.in_features:
-            fold_affine(self.norm, self.linear)
+        match self.norm, self.linear:
+            case nn.LayerNorm() as norm, nn.Linear(in_features=self.num_features) as linear:
+                fold_affine(norm, linear)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, ``[N, C, H, W]``, before its norm."""
@@ -233,14 +240,6 @@ def _narrow_conv(in_chs: int, chs: int) -> nn.Sequential:
 
 PATCH, CONVS = Entry(_patch, _narrow_patch), Entry(_convs, _narrow_conv)
 """The two of above."""
-
-
-def _initialise(module: nn.Module) -> None:
-    """Weights normally distributed with a deviation of 0.02, biases 0, as in ConvNeXt; depthwise kernels too."""
-    if isinstance(module, nn.Conv2d | nn.Linear | DepthwiseBranch):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if not isinstance(module, DepthwiseBranch) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def network(

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
 
-from timm.models import build_model_with_cfg, register_model
-from torch import nn
+from timm.models import build_model_with_cfg, clean_state_dict, register_model
+from torch import Tensor, nn
 
 from shiftconv.models.trunk import TrunkArgs
 from shiftconv.names import closest
 
 _TIMM_ARGS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
 _FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # what timm looks for in files, but not in downloads
 
 
 def arguments_of(family: Callable[..., nn.Module], fixed: Iterable[str] = ()) -> tuple[str, ...]:
@@ -69,8 +70,15 @@ def register(
         check_arguments(variant, known, arguments, rest)
         features = dict(out_indices=out_indices, feature_cls=feature_cls)
         given = {name: value for name, value in arguments.items() if name not in _TIMM_ARGS}
-        network = build_model_with_cfg(partial(family, **fixed), variant, pretrained, feature_cfg=features, **arguments)
-        network.model_args = given  # with the name in its pretrained_cfg all that it takes to make it again
+        network = build_model_with_cfg(
+            partial(family, **fixed),
+            variant,
+            pretrained,
+            feature_cfg=features,
+            pretrained_filter_fn=_under_our_keys,
+            **arguments,
+        )
+        setattr(network, "model_args", given)  # noqa: B010  a plain attribute; with the name in its pretrained_cfg all that it takes to make it again
         return network
 
     entry.__name__ = entry.__qualname__ = variant
@@ -78,3 +86,12 @@ def register(
     values = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
     entry.__doc__ = f"``{family.__name__}({values})``; takes its other arguments and timm's."
     return register_model(entry)
+
+
+def _under_our_keys(state_dict: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor]:
+    """What a pretrained file holds as weights of ``network``, also if its authors wrote it for their own code."""
+    from shiftconv.models.convert.translate import recognise, to_ours  # it imports the networks
+
+    while (key := next((key for key in _WRAPPERS if isinstance(state_dict.get(key), Mapping)), None)) is not None:
+        state_dict = state_dict[key]
+    return to_ours(recognise(clean_state_dict(dict(state_dict))), network)

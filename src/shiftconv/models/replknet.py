@@ -10,7 +10,6 @@ Source: Ding et al., "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel 
 arXiv:2203.06717, section 4, and the code released with it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
@@ -22,10 +21,9 @@ from torch import Tensor, nn
 from shiftconv.models.large_kernel_block import adjust
 from shiftconv.models.large_kernel_net import Entry, LargeKernelNet, imagenet_cfg, per_stage
 from shiftconv.models.registry import register
-from shiftconv.models.trunk import GlobalPool, Trunk, TrunkArgs, drop_path_rates, positive
+from shiftconv.models.trunk import Trunk, TrunkArgs, drop_path_rates, positive
 from shiftconv.nn import LargeKernelConv2d
 from shiftconv.nn.cross_kernels import scale_and_shift
-from shiftconv.nn.large_kernel import DepthwiseBranch
 
 
 class RepLKNetArgs(TrunkArgs, total=False):
@@ -148,13 +146,9 @@ class RepLKNet(LargeKernelNet):
         super().__init__(block, depths, dims, REPLK, head_init_scale=head_init_scale, **trunk)
         self.norm = nn.BatchNorm2d(dims[-1])
         self.feature_norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in dims) if feature_norm else None
-        for module in self.modules():
-            _initialise(module)
-        self._scale_head()
 
-    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        Trunk.reset_classifier(self, num_classes, global_pool)  # not ConvNeXt's first weights, but torch's
-        self._scale_head()
+    def _initialise(self, module: nn.Module) -> None:
+        """The first weights stay those that torch gives."""
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -175,14 +169,6 @@ class RepLKNet(LargeKernelNet):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return Trunk.forward_head(self, self.norm(x), pre_logits)
-
-
-def _initialise(module: nn.Module) -> None:
-    """The first weights that torch gives a layer of this kind, after :class:`LargeKernelNet` gave it ConvNeXt's."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        module.reset_parameters()
-    elif isinstance(module, DepthwiseBranch):
-        nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
 
 def _stem(in_chs: int, chs: int) -> nn.Sequential:

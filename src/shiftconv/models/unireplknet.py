@@ -84,8 +84,8 @@ _FILES = {  # by tag, as the authors published them
 }
 
 
-def _cfgs() -> dict[str, dict[str, Any]]:
-    cfgs: dict[str, dict[str, Any]] = {}
+def _cfgs() -> dict[str, Any]:
+    cfgs: dict[str, Any] = {}
     for tag, files in _FILES.items():
         for size, accuracy in files.items():
             name = f"unireplknet_{size}"

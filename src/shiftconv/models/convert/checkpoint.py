@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shiftconv.models.convert.inert_pickle import Made, PickleError
+from shiftconv.models.convert.masks import apply_masks
 from shiftconv.models.convert.torch_file import LegacyFile, TensorRecord, TorchFile, ZipFile
 
+AVERAGES = ("model_ema", "state_dict_ema", "ema")  # of the weights over the steps of training
 # Where training programs keep the network; "net" is ShiftResNet's, "model" ours. The averaged weights come last.
-WRAPPERS = ("net", "model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema", "ema")
+WRAPPERS = ("net", "model", "state_dict", "model_state_dict", "module", *AVERAGES)
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _MAX_ITEMS, _MAX_DEPTH, _MAX_KEY = 100_000, 50, 1000
 _MAX_REPEATS = 4  # how often, on average, a file may use its bytes: weights can be shared
@@ -32,24 +34,27 @@ class Checkpoint:
     Attributes:
         state_dict: tensors on the CPU under the file's own keys, without the prefixes of DataParallel and compile.
         meta: ``kind`` (``t7-module``, ``t7-state-dict``, ``zip-module``, ``zip-state-dict``, ``shiftconv`` or
-            ``safetensors``), and where the file says so ``class``, ``epoch``, ``acc``, ``metrics``, ``model`` and
-            ``model_args``.
+            ``safetensors``), ``unused``: what else the file holds, such as ``optimizer``; ``masks``: how many were
+            applied; and where the file says so ``class``, ``epoch``, ``acc``, ``metrics``, ``model``, ``model_args``.
     """
 
     state_dict: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Checkpoint:
     """Read the weights without importing or executing anything that the file names.
 
     Args:
         path: a file of ``torch.save`` in either format, holding a module, a state dict, or one of them in a dict under
-            a usual name such as ``net`` or ``state_dict``; or a safetensors file.
+            a usual name such as ``net`` or ``state_dict``; or a safetensors file. Masks that lie beside the weights are
+            applied to them.
+        ema: the averaged weights (``model_ema`` and the like) instead; those are read in any case where the file has
+            no others.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, hostile, or something else than a checkpoint.
+        ValueError: the file is damaged, hostile, something else than a checkpoint, or has no averaged weights.
     """
     path = Path(path)
     if not path.exists():
@@ -59,21 +64,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is not a file{'; it is a folder' if path.is_dir() else ''}")
     try:
         with path.open("rb") as file:
-            return _read(path, file, os.fstat(file.fileno()).st_size)
-    except PickleError as error:
+            return _read(path, file, os.fstat(file.fileno()).st_size, ema)
+    except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _read(path: Path, file: BufferedIOBase, size: int) -> Checkpoint:
+def _read(path: Path, file: BufferedIOBase, size: int, ema: bool) -> Checkpoint:
     head = file.read(1024)
     file.seek(0)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
+        if ema:
+            raise PickleError("a safetensors file has one set of weights, no averaged ones beside them")
         return _read_safetensors(path)
     if head.startswith(b"\x80"):
-        return _read_torch(LegacyFile(file, size), "t7", size)
+        return _read_torch(LegacyFile(file, size), "t7", size, ema)
     if head.startswith(b"PK"):
         try:
-            return _read_torch(ZipFile(file, size), "zip", size)
+            return _read_torch(ZipFile(file, size), "zip", size, ema)
         except _ZIP_ERRORS as error:
             if isinstance(error, PickleError):
                 raise
@@ -119,9 +126,11 @@ def _json(text: str) -> Any:
         return text[:_MAX_KEY]
 
 
-def _read_torch(file: TorchFile, container: str, size: int) -> Checkpoint:
+def _read_torch(file: TorchFile, container: str, size: int, ema: bool) -> Checkpoint:
     top = _entries(file.content)
-    found = _find_network(file.content)
+    found = _find_network({key: top.get(key) for key in AVERAGES} if ema else file.content)
+    if found is None and ema:
+        raise PickleError(f"it has no averaged weights ({', '.join(AVERAGES)})")
     if found is None:
         keys = ", ".join(repr(str(key)[:40]) for key in list(top)[:8])
         raise PickleError("it holds no network" + (f", only {keys}" if keys else ""))
@@ -133,16 +142,31 @@ def _read_torch(file: TorchFile, container: str, size: int) -> Checkpoint:
         records = {key: value for key, value in found.items() if isinstance(value, TensorRecord)}
         meta = {"kind": f"{container}-state-dict"}
     meta |= _facts(file, top)
-    total, state_dict = 0, {}
+    masks = {str(k): v for k, v in _entries(top.get("masks")).items() if isinstance(v, TensorRecord)}
+    used = {"masks"} if masks else set()
+    if found is not file.content:
+        used |= {key for key in WRAPPERS if key in top and _find_network({key: top[key]}) is found}
+        rest = [str(key)[:40] for key in top if key not in (*used, *meta)][:_MAX_KEY]
+        if rest and meta["kind"] != "shiftconv":
+            meta["unused"] = rest
+    state_dict, applied = _load(file, records, size), _load(file, masks, size)
+    if applied:
+        meta["masks"] = len(applied)
+    return Checkpoint(apply_masks(_strip(state_dict), _strip(applied)), meta)
+
+
+def _load(file: TorchFile, records: Mapping[str, TensorRecord], size: int) -> dict[str, Tensor]:
+    """The tensors of a file of ``size`` bytes, unless they are many times as large."""
+    total, tensors = 0, dict[str, Tensor]()
     for key, record in records.items():
         try:
-            state_dict[key] = file.tensor(record)
+            tensors[key] = file.tensor(record)
         except PickleError as error:
             raise PickleError(f"{key[:100]!r} is {error}") from error
-        total += state_dict[key].nbytes
+        total += tensors[key].nbytes
         if total > _MAX_REPEATS * size:
             raise PickleError(f"its tensors have more than {_MAX_REPEATS} times the bytes of the file")
-    return Checkpoint(_strip(state_dict), meta)
+    return tensors
 
 
 def _entries(value: object) -> dict[Any, Any]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shiftconv.models import shiftwise, slak, unireplknet
+from shiftconv.models import replknet, shiftwise, slak, unireplknet
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -28,7 +28,7 @@ def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
         ValueError: the keys are of this family, but no arguments give these shapes.
     """
     first = "stages.0.blocks.0.mix."
-    if not any(key.startswith(first) for key in shapes) or "stem.0.weight" not in shapes:
+    if not any(key.startswith(first) for key in shapes) or not {"stem.0.weight", "stem.0.conv.weight"} & {*shapes}:
         return None
     if f"{first}merged.tall" in shapes:
         raise ValueError(
@@ -36,6 +36,9 @@ def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
             "reparameterize(), and give it to load_checkpoint"
         )
     depths = tuple(len(_names(shapes, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
+    if "stem.0.conv.weight" in shapes:
+        name, arguments = _replknet(shapes, depths)
+        return name, arguments | _shared(shapes, "stem.0.conv.weight")
     dims = tuple(_size(shapes, f"stages.{i}.blocks.0.fc1.weight", 1) for i in range(4))
     two_convs = "stem.3.weight" in shapes
     if f"{first}weights.0" in shapes:
@@ -44,7 +47,9 @@ def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
         name, arguments = _unireplknet(shapes, depths, dims)
     else:
         name, arguments = _slak(shapes, depths, dims)
-    return name, arguments | _shared(shapes)
+    if "stages.0.blocks.0.gamma" not in shapes:
+        arguments["layer_scale"] = 0
+    return name, arguments | _shared(shapes, "stem.0.weight")
 
 
 def identify_convnext(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
@@ -52,7 +57,8 @@ def identify_convnext(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
     if "stages.0.blocks.0.conv_dw.bias" not in shapes:
         return None
     depths = tuple(len(_names(shapes, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
-    known = {(depths, dims[0]): size for size, (depths, dims) in slak.SIZES.items()} | {((3, 3, 27, 3), 256): "xlarge"}
+    known: dict[tuple[Shape, int], str] = {(depths, dims[0]): size for size, (depths, dims) in slak.SIZES.items()}
+    known[(3, 3, 27, 3), 256] = "xlarge"
     channels = _size(shapes, "stem.0.weight", 0)
     if (depths, channels) not in known:
         raise ValueError(
@@ -64,17 +70,15 @@ def identify_convnext(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
     return f"convnext_{known[depths, channels]}", arguments
 
 
-def _shared(shapes: Shapes) -> dict[str, Any]:
-    """The arguments that all families have, where they differ from the usual."""
+def _shared(shapes: Shapes, first: str) -> dict[str, Any]:
+    """The arguments that all families have, where they differ from the usual; ``first`` is the first convolution."""
     arguments: dict[str, Any] = {}
-    if "stages.0.blocks.0.gamma" not in shapes:
-        arguments["layer_scale"] = 0
-    if (channels := _size(shapes, "stem.0.weight", 1)) != 3:
+    if (channels := _size(shapes, first, 1)) != 3:
         arguments["in_chans"] = channels
     if "feature_norms.0.weight" in shapes:
         arguments["feature_norm"] = True
-        if "linear.weight" not in shapes:
-            return arguments | {"features_only": True}
+    if "linear.weight" not in shapes and "norm.weight" not in shapes:
+        return arguments | {"features_only": True}
     return arguments | {"num_classes": shapes["linear.weight"][0] if "linear.weight" in shapes else 0}
 
 
@@ -129,6 +133,21 @@ def _unireplknet(shapes: Shapes, depths: Shape, dims: Shape) -> tuple[str, dict[
     kernels = tuple(tuple(_kernel(shapes, f"stages.{i}.blocks.{j}.mix.") for j in range(depth)) for i, depth in stages)
     published = kernels == unireplknet.published_kernels(depths)
     return f"unireplknet_{size}", {} if published else {"kernel_sizes": kernels}
+
+
+def _replknet(shapes: Shapes, blocks: Shape) -> tuple[str, dict[str, Any]]:
+    firsts = [f"stages.{i}.blocks.0." for i in range(4)]
+    depths = tuple(number // 2 for number in blocks)
+    dims = tuple(_size(shapes, f"{first}norm.weight", 0) for first in firsts)
+    small = "stages.0.blocks.0.mix.small.weight"
+    found: dict[str, Any] = {"kernel_sizes": tuple(_size(shapes, f"{first}mix.large.weight", 2) for first in firsts)}
+    found["small_kernel_size"] = _size(shapes, small, 2) if small in shapes else 0
+    found["dw_ratio"] = _size(shapes, f"{firsts[0]}pw1.conv.weight", 0) / dims[0]
+    for size, fixed in replknet.SIZES.items():
+        if (fixed["depths"], fixed["dims"]) == (depths, dims):
+            arguments = _unusual(replknet.replknet, found)
+            return f"replknet_{size}", {name: value for name, value in arguments.items() if name not in fixed}
+    raise ValueError(f"a RepLKNet of {depths} pairs of blocks and {dims} channels, which has no name")
 
 
 def _kernel(shapes: Shapes, mix: str) -> int:

@@ -1,11 +1,13 @@
 """The authors' state-dict keys of the networks with large kernels, and ours: one table, read in both directions.
 
-``{}`` stands for one part of a key between dots. A layout is found by the keys that it explains.
+``{}`` stands for one part of a key between dots, ``{even}`` and ``{odd}`` for such numbers. A layout is found by the
+keys that it explains.
 """
 
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache, reduce
 from typing import NamedTuple
 
 
@@ -44,14 +46,16 @@ class Layout:
         return next((rule.shape for rule in self.rules if _pattern(rule.theirs).fullmatch(key)), None)
 
 
+@cache
 def _pattern(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\{\}", r"([^.]+)"))
+    kinds = {r"\{\}": r"([^.]+)", r"\{even\}": r"(\d*[02468])", r"\{odd\}": r"(\d*[13579])"}
+    return re.compile(reduce(lambda text, kind: text.replace(kind, kinds[kind]), kinds, re.escape(pattern)))
 
 
 def _translated(key: str, pairs: Iterable[tuple[str, str]]) -> str | None:
     for source, target in pairs:
         if match := _pattern(source).fullmatch(key):
-            return target.format(*match.groups())
+            return re.sub(r"\{\w+\}", "{}", target).format(*match.groups())
     return None
 
 
@@ -68,6 +72,16 @@ _BLOCK = "stages.{}.blocks.{}."
 
 def _in_block(*rules: Rule) -> tuple[Rule, ...]:
     return tuple(Rule(_STAGE + theirs, _BLOCK + ours, shape) for theirs, ours, shape in rules)
+
+
+def _branch(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """A depthwise kernel and its norm."""
+    return Rule(f"{theirs}.conv.weight", f"{ours}.weight"), Rule(f"{theirs}.bn.{{}}", f"{ours}.norm.{{}}")
+
+
+def _conv_norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """A convolution and its norm."""
+    return Rule(f"{theirs}.conv.{{}}", f"{ours}.conv.{{}}"), Rule(f"{theirs}.bn.{{}}", f"{ours}.norm.{{}}")
 
 
 _CONVNEXT = _NET + _in_block(
@@ -115,14 +129,10 @@ LAYOUTS: dict[str, Layout] = {
     "slak": Layout(
         _CONVNEXT
         + _in_block(
-            *(
-                Rule(f"large_kernel.{theirs}.{part}", f"mix.{ours}.{other}")
-                for theirs, ours in (
-                    *(("LoRA1", "tall"), ("LoRA2", "wide")),
-                    *(("lkb_origin", "large"), ("small_conv", "small")),
-                )
-                for part, other in (("conv.weight", "weight"), ("bn.{}", "norm.{}"))
-            )
+            *_branch("large_kernel.LoRA1", "mix.tall"),
+            *_branch("large_kernel.LoRA2", "mix.wide"),
+            *_branch("large_kernel.lkb_origin", "mix.large"),
+            *_branch("large_kernel.small_conv", "mix.small"),
         ),
         merges=("lkb_reparam",),
     ),
@@ -172,6 +182,25 @@ LAYOUTS: dict[str, Layout] = {
             Rule("dwconv.dil_bn_{}.{}", "mix.dilated.{}.norm.{}"),
         ),
         merges=("pwconv2", "dwconv", "lk_origin"),
+    ),
+    "replknet": Layout(
+        (
+            *_conv_norm("stem.{}", "stem.{}"),
+            *(
+                rule
+                for i in range(3)
+                for rule in _conv_norm(f"transitions.{i}.{{}}", f"stages.{i + 1}.downsample.{{}}")
+            ),
+            *_conv_norm("stages.{}.blocks.{}.pw{}", "stages.{}.blocks.{}.pw{}"),
+            *_branch("stages.{}.blocks.{}.large_kernel.lkb_origin", "stages.{}.blocks.{}.mix.large"),
+            *_branch("stages.{}.blocks.{}.large_kernel.small_conv", "stages.{}.blocks.{}.mix.small"),
+            Rule("stages.{}.blocks.{even}.prelkb_bn.{}", "stages.{}.blocks.{even}.norm.{}"),
+            Rule("stages.{}.blocks.{odd}.preffn_bn.{}", "stages.{}.blocks.{odd}.norm.{}"),
+            Rule("stages.{}.norm.{}", "feature_norms.{}.{}"),
+            Rule("norm.{}", "norm.{}"),
+            Rule("head.{}", "linear.{}"),
+        ),
+        merges=("lkb_reparam",),
     ),
 }
 """By our name of the family; that of ConvNeXt is timm's, and so are its keys."""

@@ -1,4 +1,4 @@
-"""Weights from any checkpoint into a network, and from one file format into another."""
+"""Weights from any checkpoint into a network, and from one file format or layout into another."""
 
 import inspect
 import io
@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import safetensors.torch
 import timm
@@ -17,9 +17,12 @@ from shiftconv import files
 from shiftconv.models import create_model
 from shiftconv.models.convert.checkpoint import Checkpoint, read_checkpoint
 from shiftconv.models.convert.identity import COUNTER, Identity, compare, identify, verify
-from shiftconv.models.convert.translate import recognise, to_ours, unwrapped
+from shiftconv.models.convert.translate import Found, recognise, to_ours, to_theirs, unwrapped
+from shiftconv.names import unknown
 
 _StrPath = str | os.PathLike[str]
+Names = Literal["ours", "authors", "authors-merged"]
+"""Whose names the weights of a file have; ``authors-merged``: as the authors' code merges them for inference."""
 # A file may say how its network is built, but not what else is read or downloaded.
 _FORBIDDEN_ARGS = set(inspect.signature(timm.create_model).parameters)
 
@@ -35,7 +38,10 @@ class Report:
         model: name of the network.
         model_args: its arguments.
         parameters: number of weights, buffers not counted.
-        meta: what else the source said, such as ``epoch`` and ``acc``.
+        meta: what else the source said, such as ``epoch`` and ``acc``; ``unused``: what of it is not in the target.
+        layout: whose keys the source had, by our name of their family; None if they were ours.
+        merged: what had been merged for inference in it.
+        assumed: the arguments that the source does not say, which are the published ones.
     """
 
     source: Path
@@ -45,19 +51,33 @@ class Report:
     model_args: dict[str, Any]
     parameters: int
     meta: dict[str, Any]
+    layout: str | None = None
+    merged: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         facts = "".join(f", {key} {self.meta[key]}" for key in ("epoch", "acc") if key in self.meta)
         what = f"{Identity(self.model, self.model_args)}, {self.parameters} parameters{facts}"
-        return f"{self.source} ({self.kind}) -> {self.target}: {what}"
+        text = f"{self.source} ({self.kind}) -> {self.target}: {what}"
+        notes = [
+            ("the authors' keys, with merged", self.merged),
+            ("not in the file, so as published", self.assumed),
+            ("not used", self.meta.get("unused", ())),
+        ]
+        return text + "".join(f"; {note}: {', '.join(words)}" for note, words in notes if words)
 
 
-def load_checkpoint(model: nn.Module | None, path: _StrPath) -> nn.Module:
+def load_checkpoint(model: nn.Module | None, path: _StrPath, ema: bool = False) -> nn.Module:
     """Fill ``model`` with the weights of a file, all of them; or build the network that the file holds.
+
+    The keys may be ours or the authors', of a network that trains or of one merged for inference; SLaK's stripes load
+    into split kernels and back. A network with ``features_only`` leaves the head of the file out, and keeps the norms
+    of its features where the file has none.
 
     Args:
         model: a network of this package or of timm; None builds one from the file. Unchanged if there is an error.
         path: see :func:`~shiftconv.models.convert.read_checkpoint`.
+        ema: see there.
 
     Returns:
         ``model``, or the new network, on the CPU and in training mode as ``create_model`` makes it.
@@ -69,17 +89,49 @@ def load_checkpoint(model: nn.Module | None, path: _StrPath) -> nn.Module:
     """
     if not (model is None or isinstance(model, nn.Module)):
         raise TypeError(f"model must be a network or None, got {type(model).__name__}")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, ema)
     model = _build(_identity(checkpoint, path)) if model is None else model
+    inner, found = unwrapped(model), recognise(checkpoint.state_dict)
+    try:
+        weights = _fitted(found, model)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {type(inner).__name__}: {error}{_what_instead(checkpoint)}") from None
+    inner.load_state_dict(weights)
+    return model
+
+
+def _fitted(found: Found, model: nn.Module) -> dict[str, Tensor]:
+    """All that ``model`` needs, and no more.
+
+    Raises:
+        ValueError: says what is missing, left over or of another shape.
+    """
     inner = unwrapped(model)
-    needed = inner.state_dict()
-    weights = to_ours(recognise(checkpoint.state_dict), model)
+    needed, weights = inner.state_dict(), to_ours(found, model)
     if inner is not model:
         weights = _backbone(weights, needed)
-    if difference := compare(weights, needed):
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {difference}{_what_instead(checkpoint)}")
-    inner.load_state_dict(_with_counters(weights, needed))
-    return model
+    if (difference := compare(weights, needed)) and (twin := _trained_form(inner, needed)) is not None:
+        twin.load_state_dict(_fitted(found, twin))
+        twin.reparameterize()  # pyright: ignore[reportCallIssue]
+        weights = twin.state_dict()
+        difference = compare(weights, needed)
+    if difference:
+        raise ValueError(str(difference))
+    return _with_counters(weights, needed)
+
+
+def _backbone(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the head that a backbone does not have, and with the norms of its features as they are at first."""
+    kept = {key: value for key, value in weights.items() if key in needed or not key.startswith(("norm.", "linear."))}
+    return kept | {key: needed[key] for key in needed if key.startswith("feature_norms.") and key not in kept}
+
+
+def _trained_form(network: nn.Module, needed: dict[str, Tensor]) -> nn.Module | None:
+    """The network as it was before it was reparameterized, if it was and says how it was made."""
+    arguments, name = getattr(network, "model_args", None), getattr(network, "pretrained_cfg", {}).get("architecture")
+    if name is None or not isinstance(arguments, dict) or not any(".mix.merged." in key for key in needed):
+        return None
+    return _build(Identity(name, arguments)).to(next(network.parameters()).dtype)
 
 
 def _build(identity: Identity) -> nn.Module:
@@ -106,12 +158,6 @@ def _identity(checkpoint: Checkpoint, path: _StrPath) -> Identity:
     return identity
 
 
-def _backbone(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the head that a backbone does not have, and with the norms of its features as they are at first."""
-    kept = {key: value for key, value in weights.items() if key in needed or not key.startswith(("norm.", "linear."))}
-    return kept | {key: needed[key] for key in needed if key.startswith("feature_norms.") and key not in kept}
-
-
 def _what_instead(checkpoint: Checkpoint) -> str:
     try:
         return f"; it holds {identify(checkpoint.state_dict)}, which load_checkpoint(None, ...) builds"
@@ -125,19 +171,65 @@ def _with_counters(state_dict: dict[str, Tensor], needed: dict[str, Tensor]) -> 
     return {key: state_dict[key] if key in state_dict else zeros[key] for key in needed}
 
 
-def convert(source: _StrPath, target: _StrPath) -> Report:
-    """Write the weights of any checkpoint as safetensors or as a plain state dict of ``torch.save``.
+def convert(
+    source: _StrPath,
+    target: _StrPath,
+    names: Names = "ours",
+    ema: bool = False,
+    model: str | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Report:
+    """Write the weights of any checkpoint as safetensors or as a state dict of ``torch.save``.
 
     Args:
         source: see :func:`~shiftconv.models.convert.read_checkpoint`.
         target: ends in ``.safetensors``, with the network's name and arguments, and accuracy and epoch if known, in its
             metadata; or in ``.pth``. Replaced in one step if it exists: at no time it is half written.
+        names: ``ours``, ``authors``, for the code of the network's authors, or ``authors-merged``, for that code once
+            it has merged its branches; of those a ``.pth`` has the weights under "model", where that code looks.
+        ema: see :func:`~shiftconv.models.convert.read_checkpoint`.
+        model: the network, where the file does not say enough; found out unless given.
+        model_args: its arguments.
 
     Raises:
         FileNotFoundError: no such source, or no folder for the target.
-        ValueError: the source is not a network's checkpoint, the suffix is another, or the target is the source.
+        ValueError: the source is not a network's checkpoint, the suffix is another, or the target is the source; the
+            authors have no such network.
     """
     source, target = Path(source), Path(target)
+    _check(source, target)
+    if names not in get_args(Names):
+        raise unknown("names", names, get_args(Names))
+    checkpoint = read_checkpoint(source, ema)
+    found = recognise(checkpoint.state_dict)
+    identity = _identity(checkpoint, source) if model is None else Identity(model, model_args or {})
+    with torch.device("meta"):
+        network = create_model(identity.model, **identity.model_args)
+    try:
+        weights = _fitted(found, network)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit {identity}: {error}{_what_instead(checkpoint)}") from None
+    if names != "ours":
+        weights = to_theirs(weights, network, merge=names == "authors-merged")
+    weights = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
+    meta = {key: value for key, value in checkpoint.meta.items() if key in ("epoch", "acc", "metrics")}
+    if target.suffix == ".pth":
+        torch.save(weights if names == "ours" else {"model": weights}, buffer := io.BytesIO())
+        files.write(target, buffer.getbuffer())
+    else:
+        said = dict(format="pt", model=identity.model, model_args=json.dumps(identity.model_args))
+        said |= dict(source=checkpoint.meta["kind"], **{key: json.dumps(value) for key, value in meta.items()})
+        files.write(target, safetensors.torch.save(weights, said))
+    unused = [*checkpoint.meta.get("unused", ()), *found.unused]
+    count = sum(parameter.numel() for parameter in network.parameters())
+    kind = checkpoint.meta["kind"]
+    facts = meta | ({"unused": unused} if unused else {})
+    assumed = _assumed(found) if model is None else ()
+    what = (identity.model, identity.model_args, count, facts, found.layout, tuple(found.merged), assumed)
+    return Report(source, target, kind, *what)
+
+
+def _check(source: Path, target: Path) -> None:
     if target.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"the target must end in .safetensors or .pth, got {target}")
     if not target.parent.is_dir():
@@ -146,20 +238,10 @@ def convert(source: _StrPath, target: _StrPath) -> Report:
         raise ValueError(f"the target {target} is a folder")
     if source.exists() and target.exists() and source.samefile(target):
         raise ValueError(f"the target {target} is the source itself; give another name")
-    checkpoint = read_checkpoint(source)
-    identity = _identity(checkpoint, source)
-    with torch.device("meta"):
-        network = create_model(identity.model, **identity.model_args)
-    weights = to_ours(recognise(checkpoint.state_dict), network)
-    weights = _with_counters(weights, unwrapped(network).state_dict())
-    weights = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
-    meta = {key: value for key, value in checkpoint.meta.items() if key in ("epoch", "acc", "metrics")}
-    if target.suffix == ".pth":
-        torch.save(weights, buffer := io.BytesIO())
-        files.write(target, buffer.getbuffer())
-    else:
-        said = dict(format="pt", model=identity.model, model_args=json.dumps(identity.model_args))
-        said |= dict(source=checkpoint.meta["kind"], **{key: json.dumps(value) for key, value in meta.items()})
-        files.write(target, safetensors.torch.save(weights, said))
-    count = sum(parameter.numel() for parameter in network.parameters())
-    return Report(source, target, checkpoint.meta["kind"], identity.model, identity.model_args, count, meta)
+
+
+def _assumed(found: Found) -> tuple[str, ...]:
+    """The arguments of the network that a file with the authors' keys does not tell for certain."""
+    if found.layout in ("shiftwise", "shiftwise_v1"):
+        return "num_shifts", "kernel_sizes"
+    return ("kernel_sizes",) if found.layout in ("slak_weighted", "slak_shuffled", "slak_split") else ()

@@ -4,6 +4,7 @@ Beside the keys, what differs are the channels that pass unchanged ("ghosts"), w
 the tables of where small kernels stand, which they draw anew with the seed 123 in each construction and do not save.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -58,6 +59,8 @@ def to_ours(found: Found, network: nn.Module) -> dict[str, Tensor]:
     if found.layout is None:
         return weights
     needed = network.state_dict()
+    if found.merged:
+        weights |= _merged_away(weights, needed)
     for key, value in weights.items():
         if key in needed and value.ndim != needed[key].ndim and value.numel() == needed[key].numel():
             weights[key] = value.reshape(needed[key].shape)
@@ -104,6 +107,14 @@ def to_theirs(
     theirs = {key: theirs[key] for key in ordered}
     forms = LAYOUTS[family].merges if merge is True else merge or ()
     return merged.merge(theirs, forms) if forms else theirs
+
+
+def _merged_away(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros, under a norm that does nothing, for the branches of ``needed`` that a merged file has in another one."""
+    branches = re.compile(r".*\.mix\.(?:weights\.[1-9]\d*|small\.(?:weight|norm\..+))")
+    missing = [key for key in needed if key not in weights and branches.fullmatch(key)]
+    ones = ("norm.weight", "norm.running_var")
+    return {key: torch.full_like(needed[key], float(key.endswith(ones)), device="cpu") for key in missing}
 
 
 def family_of(network: nn.Module) -> str:
