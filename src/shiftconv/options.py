@@ -45,7 +45,7 @@ def _mistake(error: ArgumentError, parser: "ArgumentParser") -> str:
 
 
 def spell(argv: list[str], verb: str, function: Callable[..., None]) -> list[str]:
-    """Options as the parser spells them: underscores for dashes, and --expansion 3 as one of model_args."""
+    """Options as the parser spells them: underscores for dashes, --expansion 3 as one of model_args, 3,5 as a list."""
     parameters = signature(function).parameters
     spelt = []
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
@@ -64,5 +64,7 @@ def spell(argv: list[str], verb: str, function: Callable[..., None]) -> list[str
             ):
                 equals, value = "=", "true"  # a flag
             word = f"--{name}{equals}{value}"
+        elif re.fullmatch(r"\(?\d+(, ?\d+)+\)?", word):
+            word = f"[{word.strip('()')}]"
         spelt.append(word)
     return spelt

@@ -17,6 +17,7 @@ from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm2d
 from timm.layers.squeeze_excite import SqueezeExcite
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of SyncBatchNorm, too
 
 from shiftconv.nn import DilatedReparamConv2d, LargeKernelConv2d, ShiftwiseConv2d
 from shiftconv.nn.cross_kernels import scale_and_shift
@@ -126,7 +127,7 @@ class Block(nn.Module):
         if isinstance(self.response_norm, ResponseNorm) and (bias := self.response_norm.bias) is not None:
             adjust(self.fc2, before=(torch.ones_like(bias), bias))
             self.response_norm.bias = None
-        if isinstance(self.norm2, nn.BatchNorm2d):
+        if isinstance(self.norm2, _BatchNorm):
             adjust(self.fc2, after=scale_and_shift(self.norm2))
             self.norm2 = nn.Identity()
         if self.gamma is not None:
@@ -136,7 +137,7 @@ class Block(nn.Module):
     def _fold_norm(self) -> None:
         """The norm after ``mix`` goes into its kernels if it is a batch norm, else into the linear layer after it."""
         merged = self.mix.merged if isinstance(self.mix, Mixer) else None
-        if isinstance(self.norm, nn.BatchNorm2d) and merged is not None:
+        if isinstance(self.norm, _BatchNorm) and merged is not None:
             merged.absorb(*scale_and_shift(self.norm))
             self.norm = nn.Identity()
         elif isinstance(self.norm, LayerNorm2d) and isinstance(self.squeeze, nn.Identity):

@@ -17,6 +17,7 @@ import torch
 from timm.layers.drop import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of SyncBatchNorm, too
 
 from shiftconv.models.large_kernel_block import adjust
 from shiftconv.models.large_kernel_net import Entry, LargeKernelNet, imagenet_cfg, per_stage
@@ -73,7 +74,7 @@ class ConvNorm(nn.Module):
         Raises:
             ValueError: a norm without running statistics.
         """
-        if isinstance(self.norm, nn.BatchNorm2d):
+        if isinstance(self.norm, _BatchNorm):
             adjust(self.conv, after=scale_and_shift(self.norm))
             self.norm = nn.Identity()
 
@@ -114,7 +115,7 @@ class PointwiseBlock(nn.Module):
         for layer in (self.pw1, self.mix, self.pw2):
             if isinstance(layer, ConvNorm | LargeKernelConv2d):
                 layer.reparameterize()
-        if isinstance(self.norm, nn.BatchNorm2d):
+        if isinstance(self.norm, _BatchNorm):
             adjust(self.pw1.conv, before=scale_and_shift(self.norm))  # exact: it does not pad
             self.norm = nn.Identity()
 
@@ -163,7 +164,7 @@ class RepLKNet(LargeKernelNet):
             if isinstance(module, ConvNorm | PointwiseBlock):
                 module.reparameterize()
         averaged = self.global_pool.pool_type == "avg"
-        if averaged and isinstance(self.norm, nn.BatchNorm2d) and isinstance(self.linear, nn.Linear):
+        if averaged and isinstance(self.norm, _BatchNorm) and isinstance(self.linear, nn.Linear):
             adjust(self.linear, before=scale_and_shift(self.norm))
             self.norm = nn.Identity()
 
