@@ -9,7 +9,8 @@ import shiftconv as sc
 
 PUBLIC = {
     "analysis", "models", "nn", "ops", "recipes", "train",
-    "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "throughput",
+    "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "push_to_hub",
+    "save_for_hub", "throughput",
     "__version__",
 }  # fmt: skip
 OPS = {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shiftconv.deploy import export
     from shiftconv.models import create_model, list_models
     from shiftconv.models.convert import convert, load_checkpoint
+    from shiftconv.models.hub import push_to_hub, save_for_hub
 
 _HOME = {  # public name: the module that holds it
     "count": "analysis",
@@ -26,13 +27,16 @@ _HOME = {  # public name: the module that holds it
     "list_models": "models",
     "convert": "models.convert",
     "load_checkpoint": "models.convert",
+    "push_to_hub": "models.hub",
+    "save_for_hub": "models.hub",
     "export": "deploy",
 }
 _ROOMS = ("analysis", "models", "nn", "ops", "recipes", "train")
 
 __all__ = [  # noqa: RUF022  sorted by kind
     "analysis", "models", "nn", "ops", "recipes", "train",
-    "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "throughput",
+    "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "push_to_hub",
+    "save_for_hub", "throughput",
     "__version__",
 ]  # fmt: skip
 
