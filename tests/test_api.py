@@ -30,7 +30,7 @@ OPS = {
 NN = {
     *(f"{kind}Shift{n}d" for kind in ("", "Group", "Sparse", "Active", "Partial") for n in (1, 2, 3)),
     "AxialShift2d", "FourConnectedShift2d", "SpatialShift2d", "TemporalShift", "OnlineTemporalShift", "ShiftLinear",
-    "LargeKernelConv2d", "ShiftwiseConv2d", "ShiftwiseVariant",
+    "DilatedReparamConv2d", "LargeKernelConv2d", "ShiftwiseConv2d", "ShiftwiseVariant",
     "emulate_depthwise", "fold_shift", "fold_shifts",
     "FreezeOffsets", "freeze_offsets", "lattice_penalty", "normalize_offset_gradients", "offset_groups",
     "offset_parameters", "offset_penalty",

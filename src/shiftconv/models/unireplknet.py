@@ -104,7 +104,7 @@ default_cfgs = generate_default_cfgs(_cfgs())
 globals().update(
     {
         f"unireplknet_{size}": register(
-            f"unireplknet_{size}", unireplknet, (0, 1, 2, 3), dict(depths=depths, dims=dims)
+            f"unireplknet_{size}", unireplknet, (0, 1, 2, 3), dict(depths=depths, dims=dims), feature_cls="getter"
         )
         for size, (depths, dims) in SIZES.items()
     }
