@@ -65,13 +65,21 @@ class ResponseNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        strength = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        strength = _norm_of_maps(x)
         scale = 1 + self.weight * (strength / (strength.mean(-1, keepdim=True) + self.eps))
         scale = scale.to(x.dtype)
         return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, scale)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}, bias={self.bias is not None}"
+
+
+def _norm_of_maps(x: Tensor) -> Tensor:
+    """The Euclidean norm of each channel's map, ``[N, 1, 1, C]`` of ``[N, H, W, C]``; a map of zeros has gradient 0."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        # torch's own norm over axes that are not the last takes 5 to 20 times as long there
+        return (x.square().sum((1, 2), keepdim=True) + 1e-30).sqrt()
+    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class Block(nn.Module):
