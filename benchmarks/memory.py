@@ -5,6 +5,7 @@ own, whose high-water mark the kernel tells (Linux). Rows go to ``results/memory
 """
 
 import csv
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ CASES = [
     *(f"{stage._replace(images=IMAGES)} {SHIFTS} shifts, forward+backward" for stage in STAGES),
     f"{NETWORK} {large_kernels.PIXELS} px batch {IMAGES}, step",
 ]
+_RETURNS = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # else the mark tells how glibc cuts up what was freed
 
 
 def peak(case: int, candidate: int) -> float:
@@ -83,7 +85,7 @@ def main() -> None:
             figures: list[float] = []
             for candidate, name in enumerate(("shiftwise", "original formulation")):
                 command = [sys.executable, "-m", "benchmarks.memory", str(number), str(candidate)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=_RETURNS)
                 figures.append(float(done.stdout))
                 row = [time.strftime("%Y-%m-%d"), commit(), machine(), torch.__version__, case, name]
                 writer.writerow([*row, f"{figures[-1]:.1f}"])
