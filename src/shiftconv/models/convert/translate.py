@@ -5,6 +5,7 @@ the tables of where small kernels stand, which they draw anew with the seed 123 
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -41,15 +42,21 @@ class Found:
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> Found:
-    """Name the weights as we do; keys that no rule explains stay as they are."""
+    """Name the weights as we do; keys that no rule explains stay as they are.
+
+    Raises:
+        ValueError: two names for one weight.
+    """
     unused = [key for key in state_dict if key.rpartition(".")[2] in _PROFILED]
     weights = {key: value for key, value in state_dict.items() if key not in unused}
     trained, forms = (weights, []) if layout_of(weights) == "convnext" else merged.unmerge(weights)
     name = layout_of(trained)
     if name is None:
         return Found(weights, None, [], unused)
-    keys = LAYOUTS[name].to_ours(trained)
-    return Found({keys[key] or key: value for key, value in trained.items()}, name, forms, unused)
+    keys = {key: ours or key for key, ours in LAYOUTS[name].to_ours(trained).items()}
+    if twice := [ours for ours, number in Counter(keys.values()).items() if number > 1]:
+        raise ValueError(f"two weights for {twice[0]}, under the authors' name and under another")
+    return Found({keys[key]: value for key, value in trained.items()}, name, forms, unused)
 
 
 def to_ours(found: Found, network: nn.Module) -> dict[str, Tensor]:
