@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # of SyncBatchNorm, too
 
 from shiftconv.nn import DilatedReparamConv2d, LargeKernelConv2d, ShiftwiseConv2d
 from shiftconv.nn.cross_kernels import scale_and_shift
+from shiftconv.nn.linear import Linear
 
 Mixer = LargeKernelConv2d | ShiftwiseConv2d | DilatedReparamConv2d
 """The layers that mix over space; each becomes kernels with a bias, ``merged``, by ``reparameterize()``."""
@@ -109,9 +110,9 @@ class Block(nn.Module):
         self.mix = mix
         self.norm: nn.Module = nn.BatchNorm2d(dim) if batch else LayerNorm2d(dim, eps=1e-6)
         self.squeeze = SqueezeExcite(dim, rd_channels=max(1, dim // 4)) if style.squeeze else nn.Identity()
-        self.fc1, self.act = nn.Linear(dim, 4 * dim), nn.GELU()
+        self.fc1, self.act = Linear(dim, 4 * dim), nn.GELU()
         self.response_norm = ResponseNorm(4 * dim) if style.response_norm else nn.Identity()
-        self.fc2 = nn.Linear(4 * dim, dim, bias=not batch)
+        self.fc2 = Linear(4 * dim, dim, bias=not batch)
         self.norm2: nn.Module = nn.BatchNorm2d(dim) if batch else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
