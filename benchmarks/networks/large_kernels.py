@@ -7,9 +7,9 @@ the two formats that torch has:
     SW-T      one convolution for each path with all small kernels of a channel, whose maps are added, then shifted to
               their slots and added, once for each arrangement; batch norms, input and ghosts
 
-The authors' operators are CUDA only. That of SW-T, which shifts and adds, has a backward pass written by hand; so has
-its equivalent here, as autograd's of slices and indices would take four times as long. Beside them run ConvNeXt-T of
-timm and UniRepLKNet-T, as it is trained and folded.
+The authors' operators are CUDA only; that of SW-T is :class:`~benchmarks.ops.shiftwise.ShiftAdd` here. Linear layers of
+the baseline are torch's, which take MKL where ours may take oneDNN. Beside them run ConvNeXt-T of timm and
+UniRepLKNet-T, as it is trained and folded.
 """
 
 import copy
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import shiftconv as sc
 from benchmarks.bench import Case
+from benchmarks.ops.shiftwise import ShiftAdd
 from shiftconv.models.large_kernel_block import Block, ResponseNorm
 from shiftconv.models.large_kernel_net import LargeKernelNet
 from shiftconv.nn import LargeKernelConv2d, ShiftwiseConv2d
@@ -32,61 +33,6 @@ from shiftconv.nn import LargeKernelConv2d, ShiftwiseConv2d
 BASELINE = "original formulation"
 BATCHES, TRAINED = (1, 4), 2
 PIXELS, CHECKED = 224, 64  # the second in float64, of gradients
-
-
-class ShiftAdd(torch.autograd.Function):
-    """Maps of the small kernels ``[N, C * S, H + s - 1, W + s - 1]`` to the tall, the wide and the small branch.
-
-    ``tall`` and ``wide`` ``[R, S, C]`` name the map that each arrangement has in each slot, ``picks`` ``[R, C]`` that
-    of the small branch. Nothing is kept for the backward pass, and all maps of an arrangement are gathered at once.
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, maps: Tensor, tall: Tensor, wide: Tensor, picks: Tensor, kernel: int, small: int
-    ) -> tuple[Tensor, ...]:
-        ctx.tables, ctx.sizes, ctx.shape = (tall, wide, picks), (kernel, small), maps.shape
-        height, width = (size - small + 1 for size in maps.shape[2:])
-        middle = slice(small // 2, small // 2 + height), slice(small // 2, small // 2 + width)
-        out = [maps.new_zeros(len(maps), tall.shape[2], height, width) for _ in range(3)]
-        for r in range(len(tall)):
-            parts = maps.index_select(1, tall[r].flatten()).split(tall.shape[2], 1)
-            for slot, to, of in _spans(len(parts), kernel, small, height):
-                out[0][:, :, to] += parts[slot][:, :, of, middle[1]]
-            parts = maps.index_select(1, wide[r].flatten()).split(tall.shape[2], 1)
-            for slot, to, of in _spans(len(parts), kernel, small, width):
-                out[1][:, :, :, to] += parts[slot][:, :, middle[0], of]
-            out[2] += maps.index_select(1, picks[r])[:, :, middle[0], middle[1]]
-        return tuple(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (tall, wide, picks), (kernel, small) = ctx.tables, ctx.sizes
-        height, width = grads[0].shape[2:]
-        middle = slice(small // 2, small // 2 + height), slice(small // 2, small // 2 + width)
-        total = grads[0].new_zeros(ctx.shape)
-        for r in range(len(tall)):
-            moved = torch.zeros_like(total)
-            parts = moved.split(tall.shape[2], 1)
-            for slot, to, of in _spans(len(parts), kernel, small, height):
-                parts[slot][:, :, of, middle[1]] = grads[0][:, :, to]
-            total += moved.index_select(1, tall[r].flatten().argsort())
-            moved = torch.zeros_like(total)
-            parts = moved.split(tall.shape[2], 1)
-            for slot, to, of in _spans(len(parts), kernel, small, width):
-                parts[slot][:, :, middle[0], of] = grads[1][:, :, :, to]
-            total += moved.index_select(1, wide[r].flatten().argsort())
-            total[:, :, middle[0], middle[1]].index_add_(1, picks[r], grads[2])
-        return total, None, None, None, None, None
-
-
-def _spans(slots: int, kernel: int, small: int, size: int) -> Iterator[tuple[int, slice, slice]]:
-    """Each slot that reaches the map, the pixels of the output along the axis, and those of the slot's map."""
-    for slot in range(slots):
-        first = slot * small + small - 1 - kernel // 2  # the pixel of the map that meets output pixel 0
-        start, stop = max(first, 0), min(first + size, size + small - 1)
-        if start < stop:
-            yield slot, slice(start - first, stop - first), slice(start, stop)
 
 
 class SmallKernels(nn.Module):
@@ -168,6 +114,14 @@ class ElementaryResponse(nn.Module):
         return x * scale + self.bias
 
 
+def stock(layer: nn.Linear) -> nn.Linear:
+    """The same layer as torch has it; ours may run elsewhere."""
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain
+
+
 class Original(nn.Module):
     """A network of ours as its authors formulate it, on maps in the memory format of the images."""
 
@@ -185,6 +139,8 @@ class Original(nn.Module):
                     setattr(parent, name, ElementaryNorm(module))
                 elif isinstance(module, ResponseNorm):
                     setattr(parent, name, ElementaryResponse(module))
+                elif isinstance(module, nn.Linear):
+                    setattr(parent, name, stock(module))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net.forward_head(self.net.stages(self.net.stem(x)))

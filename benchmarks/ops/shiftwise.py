@@ -2,13 +2,14 @@
 
 The original convolves each channel with ``S`` small kernels and adds their maps, each shifted to its slot, once for
 every random arrangement. Its operator for that is CUDA only, so here it is torch's: a convolution, then slices that are
-added, which write the same maps. Normalisations are left out of both. ``4 shifts`` are SW-T's. Cases named ``shifts``
-compare our own operator with 1 to 4 of them.
+added, which write the same maps; its backward pass is written by hand, as autograd's of slices and indices would take
+four times as long. Normalisations are left out of both. ``4 shifts`` are SW-T's. Cases named ``shifts`` compare our own
+operator with 1 to 4 of them.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,61 @@ def _slots(stage: Stage) -> int:
     return -(-stage.kernel // stage.small)
 
 
+class ShiftAdd(torch.autograd.Function):
+    """Maps of the small kernels ``[N, C * S, H + s - 1, W + s - 1]`` to the tall, the wide and the small branch.
+
+    ``tall`` and ``wide`` ``[R, S, C]`` name the map that each arrangement has in each slot, ``picks`` ``[R, C]`` that
+    of the small branch. Nothing is kept for the backward pass, and all maps of an arrangement are gathered at once.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, maps: Tensor, tall: Tensor, wide: Tensor, picks: Tensor, kernel: int, small: int
+    ) -> tuple[Tensor, ...]:
+        ctx.tables, ctx.sizes, ctx.shape = (tall, wide, picks), (kernel, small), maps.shape
+        height, width = (size - small + 1 for size in maps.shape[2:])
+        middle = slice(small // 2, small // 2 + height), slice(small // 2, small // 2 + width)
+        out = [maps.new_zeros(len(maps), tall.shape[2], height, width) for _ in range(3)]
+        for r in range(len(tall)):
+            parts = maps.index_select(1, tall[r].flatten()).split(tall.shape[2], 1)
+            for slot, to, of in _spans(len(parts), kernel, small, height):
+                out[0][:, :, to] += parts[slot][:, :, of, middle[1]]
+            parts = maps.index_select(1, wide[r].flatten()).split(tall.shape[2], 1)
+            for slot, to, of in _spans(len(parts), kernel, small, width):
+                out[1][:, :, :, to] += parts[slot][:, :, middle[0], of]
+            out[2] += maps.index_select(1, picks[r])[:, :, middle[0], middle[1]]
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (tall, wide, picks), (kernel, small) = ctx.tables, ctx.sizes
+        height, width = grads[0].shape[2:]
+        middle = slice(small // 2, small // 2 + height), slice(small // 2, small // 2 + width)
+        total = grads[0].new_zeros(ctx.shape)
+        for r in range(len(tall)):
+            moved = torch.zeros_like(total)
+            parts = moved.split(tall.shape[2], 1)
+            for slot, to, of in _spans(len(parts), kernel, small, height):
+                parts[slot][:, :, of, middle[1]] = grads[0][:, :, to]
+            total += moved.index_select(1, tall[r].flatten().argsort())
+            moved = torch.zeros_like(total)
+            parts = moved.split(tall.shape[2], 1)
+            for slot, to, of in _spans(len(parts), kernel, small, width):
+                parts[slot][:, :, middle[0], of] = grads[1][:, :, :, to]
+            total += moved.index_select(1, wide[r].flatten().argsort())
+            total[:, :, middle[0], middle[1]].index_add_(1, picks[r], grads[2])
+        return total, None, None, None, None, None
+
+
+def _spans(slots: int, kernel: int, small: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Each slot that reaches the map, the pixels of the output along the axis, and those of the slot's map."""
+    for slot in range(slots):
+        first = slot * small + small - 1 - kernel // 2  # the pixel of the map that meets output pixel 0
+        start, stop = max(first, 0), min(first + size, size + small - 1)
+        if start < stop:
+            yield slot, slice(start - first, stop - first), slice(start, stop)
+
+
 def functions(
     stage: Stage, shifts: int, device: str
 ) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, ...]], Callable[[Tensor, Tensor], tuple[Tensor, ...]]]:
@@ -101,27 +157,13 @@ def functions(
         tall, wide, small = compose(weight, layer.placement, grids)
         return cross_conv(x, tall, wide, small, padding=padding, summed=False)
 
-    # The filter in each slot of each arrangement, [R, S, C].
-    tall, wide = (layer.get_buffer(f"{name}_slots").argsort(1).permute(2, 1, 0) for name in ("tall", "wide"))
-    picks = (layer.get_buffer("small_slots") == 0).to(torch.int64).argmax(1).t()
-    rows = torch.arange(stage.channels, device=device)
-    reach, before = stage.small - 1, stage.small // 2
-    size = stage.side
+    # From the slot of each small kernel to the map in each slot of each arrangement, [R, S, C].
+    first = torch.arange(stage.channels, device=device) * slots
+    tall, wide = (layer.get_buffer(f"{name}_slots").argsort(1).permute(2, 1, 0) + first for name in ("tall", "wide"))
+    picks = (layer.get_buffer("small_slots") == 0).to(torch.int64).argmax(1).t() + first
 
     def original(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        maps = F.conv2d(x, weight, padding=reach, groups=stage.channels).unflatten(1, (stage.channels, slots))
-        middle = slice(before, before + size)
-        out = [x.new_zeros(x.shape) for _ in range(3)]
-        for r in range(shifts):
-            for slot in range(slots):
-                first = slot * stage.small + reach - stage.kernel // 2  # the row of the maps that meets output row 0
-                start, stop = max(first, 0), min(first + size, size + reach)
-                if start >= stop:
-                    continue
-                to = slice(start - first, stop - first)
-                out[0][:, :, to] += maps[:, rows, tall[r, slot]][:, :, start:stop, middle]
-                out[1][:, :, :, to] += maps[:, rows, wide[r, slot]][:, :, middle, start:stop]
-            out[2] += maps[:, rows, picks[r]][:, :, middle, middle]
-        return tuple(out)
+        maps = F.conv2d(x, weight, padding=stage.small - 1, groups=stage.channels)
+        return ShiftAdd.apply(maps, tall, wide, picks, stage.kernel, stage.small)  # pyright: ignore[reportReturnType]
 
     return own, original
