@@ -35,13 +35,22 @@ MANIFESTS = json.loads(lzma.decompress(ARRAYS["manifests"].tobytes()))
 COUNTER = "num_batches_tracked"
 
 RUN = [name for name, case in CASES.items() if case["inputs"]]  # of the largest ones there are manifests only
-QUICK = ("slak_tiny_k51_w1.3", "sw_v2_tiny_readme", "unireplknet_t")
+QUICK = ("slak_tiny_k51_w1.3", "slak_pww_tiny_k51_w1.3", "slak_gr_swsf_se_tiny", "sw_v2_tiny_readme", "unireplknet_t")
 IN_ORDER = ("slak", "shiftwise", "shiftwise_v1", "unireplknet", "convnext")  # families written in the authors' order
 WRAPPERS = (
     lambda weights: weights,
     lambda weights: {"model": weights, "epoch": 300, "optimizer": {"state": {}}},
     lambda weights: {"state_dict": {f"module.{key}": value for key, value in weights.items()}, "args": None},
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads cost more than they give, where several workers share the processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _normal(name, shape):

@@ -137,12 +137,11 @@ def test_what_broke_once_is_refused_with_a_value_error(genuine, case):
     refused(lambda: identify(weights))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case, (start, _) in FOUND.items() if start.removeprefix("ours of ") in NAMED]
-)
-@pytest.mark.parametrize("target", ["slak", "slak_split", "shiftwise"])
-def test_what_broke_once_loads_into_nothing(genuine, case, target, tmp_path):
+@pytest.mark.parametrize("case", [case for case, (start, _) in FOUND.items() if start.split()[-1] in NAMED])
+@pytest.mark.parametrize("target", ["itself", "slak", "slak_split"])
+def test_what_broke_once_loads_into_nothing(genuine, targets, case, target, tmp_path):
     start, changes = FOUND[case]
+    network, before = targets[start.split()[-1] if target == "itself" else target]
     weights = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in genuine[start].items()}
     weights |= {k: torch.zeros(v) for k, v in changes.items() if v is not None}
     weights = {k: v for k, v in weights.items() if changes.get(k, ()) is not None}
@@ -157,7 +156,7 @@ def test_types_that_are_no_weights_are_refused(genuine):
         refused(lambda w=weights: identify(w))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_identification_refuses_with_a_value_error(genuine, seed):
     rng = random.Random(seed)
     weights = broken(rng, genuine[rng.choice(sorted(genuine))])
@@ -169,7 +168,7 @@ def test_identification_refuses_with_a_value_error(genuine, seed):
         assert identity.model
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_loading_refuses_with_a_value_error(genuine, targets, tmp_path, seed):
     """Into a network that the file is not from, or may be from."""
     rng = random.Random(seed)

@@ -36,6 +36,15 @@ every_layout = pytest.mark.parametrize("layout", MINI)
 named_layout = pytest.mark.parametrize("layout", NAMED)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads cost more than they give, where several workers share the processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def filled(network, seed=0):
     """In float64 and evaluation; weights and statistics are all different, tables as they were."""
     generator = torch.Generator().manual_seed(seed)
