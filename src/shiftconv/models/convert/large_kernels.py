@@ -64,7 +64,7 @@ def identify_convnext(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
         raise ValueError(
             f"a ConvNeXt with {depths} blocks and {channels} channels in its first stage, a size without a name"
         )
-    arguments = {"num_classes": shapes["head.fc.weight"][0] if "head.fc.weight" in shapes else 0}
+    arguments = {"num_classes": _size(shapes, "head.fc.weight", 0) if "head.fc.weight" in shapes else 0}
     if (in_chans := _size(shapes, "stem.0.weight", 1)) != 3:
         arguments["in_chans"] = in_chans
     return f"convnext_{known[depths, channels]}", arguments
@@ -79,7 +79,7 @@ def _shared(shapes: Shapes, first: str) -> dict[str, Any]:
         arguments["feature_norm"] = True
     if "linear.weight" not in shapes and "norm.weight" not in shapes:
         return arguments | {"features_only": True}
-    return arguments | {"num_classes": shapes["linear.weight"][0] if "linear.weight" in shapes else 0}
+    return arguments | {"num_classes": _size(shapes, "linear.weight", 0) if "linear.weight" in shapes else 0}
 
 
 def _slak(shapes: Shapes, depths: Shape, dims: Shape) -> tuple[str, dict[str, Any]]:

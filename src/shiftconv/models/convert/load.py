@@ -121,9 +121,15 @@ def _fitted(found: Found, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _backbone(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the head that a backbone does not have, and with the norms of its features as they are at first."""
-    kept = {key: value for key, value in weights.items() if key in needed or not key.startswith(("norm.", "linear."))}
+    """Without the head and stages that a backbone lacks, and with the norms of its features as they are at first."""
+    there = {_module(key) for key in needed}
+    kept = {key: value for key, value in weights.items() if _module(key) in there}
     return kept | {key: needed[key] for key in needed if key.startswith("feature_norms.") and key not in kept}
+
+
+def _module(key: str) -> str:
+    """``stages.3`` of the key of one of its weights."""
+    return ".".join(key.split(".")[:2])
 
 
 def _trained_form(network: nn.Module, needed: dict[str, Tensor]) -> nn.Module | None:

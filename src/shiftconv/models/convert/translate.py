@@ -7,6 +7,7 @@ the tables of where small kernels stand, which they draw anew with the seed 123 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,7 +50,8 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Found:
     """
     unused = [key for key in state_dict if key.rpartition(".")[2] in _PROFILED]
     weights = {key: value for key, value in state_dict.items() if key not in unused}
-    trained, forms = (weights, []) if layout_of(weights) == "convnext" else merged.unmerge(weights)
+    with _of_a_file("merged weights"):
+        trained, forms = (weights, []) if layout_of(weights) == "convnext" else merged.unmerge(weights)
     name = layout_of(trained)
     if name is None:
         return Found(weights, None, [], unused)
@@ -60,9 +62,14 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Found:
 
 
 def to_ours(found: Found, network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``network``, as far as ``found`` has it: complete, with channels in our order."""
+    """The state dict of ``network``, as far as ``found`` has it: complete, with channels in our order.
+
+    Raises:
+        ValueError: weights that cannot be brought into the form of ``network``.
+    """
     network = unwrapped(network)
-    weights = relocate(found.state_dict, network)
+    with _of_a_file("stripes or split kernels"):
+        weights = relocate(found.state_dict, network)
     if found.layout is None:
         return weights
     needed = network.state_dict()
@@ -114,6 +121,15 @@ def to_theirs(
     theirs = {key: theirs[key] for key in ordered}
     forms = LAYOUTS[family].merges if merge is True else merge or ()
     return merged.merge(theirs, forms) if forms else theirs
+
+
+@contextmanager
+def _of_a_file(what: str) -> Iterator[None]:
+    """A file can hold anything: what the code does not expect of it is no error of the code."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"its {what} are incomplete or of shapes that do not fit: {error}") from error
 
 
 def _merged_away(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, Tensor]:
