@@ -26,11 +26,13 @@ CASES = [
     *(f"{stage._replace(images=IMAGES)} {SHIFTS} shifts, forward+backward" for stage in STAGES),
     f"{NETWORK} {large_kernels.PIXELS} px batch {IMAGES}, step",
 ]
+ORIGINAL, CHECKPOINTED = "original formulation", "shiftwise, gradient checkpointing"
+CANDIDATES = ("shiftwise", ORIGINAL, CHECKPOINTED)  # the last one of the whole network only
 _RETURNS = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # else the mark tells how glibc cuts up what was freed
 
 
 def peak(case: int, candidate: int) -> float:
-    """MB that a case takes at most; candidate 0 is ours, 1 the original formulation."""
+    """MB that a case takes at most; ``candidate`` is the place in :data:`CANDIDATES`."""
     torch.set_num_threads(1)
     if case < len(STAGES):
         small, whole = operator(STAGES[case]._replace(images=IMAGES), candidate)
@@ -60,7 +62,8 @@ def operator(stage: Stage, candidate: int) -> tuple[Callable[[], object], Callab
 def network(candidate: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """A training step on small images, which makes the optimizer's state, and one on whole images."""
     net = large_kernels.network(NETWORK, "cpu")
-    step = large_kernels.step([net, large_kernels.Original(net)][candidate])
+    net.set_grad_checkpointing(CANDIDATES[candidate] == CHECKPOINTED)
+    step = large_kernels.step(large_kernels.Original(net) if CANDIDATES[candidate] == ORIGINAL else net)
     x = torch.randn(IMAGES, 3, large_kernels.PIXELS, large_kernels.PIXELS)
     first = x[:2, :, : large_kernels.CHECKED, : large_kernels.CHECKED].contiguous()
     return lambda: step(first), lambda: step(x)
@@ -83,7 +86,7 @@ def main() -> None:
             writer.writerow(COLUMNS)
         for number, case in enumerate(CASES):
             figures: list[float] = []
-            for candidate, name in enumerate(("shiftwise", "original formulation")):
+            for candidate, name in enumerate(CANDIDATES if number == len(STAGES) else CANDIDATES[:2]):
                 command = [sys.executable, "-m", "benchmarks.memory", str(number), str(candidate)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True, env=_RETURNS)
                 figures.append(float(done.stdout))
