@@ -282,3 +282,12 @@ def test_bad_arguments(name, arguments, error, match):
 def test_bad_images(shape):
     with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\], got \["):
         _small()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["replknet_31b", "slak_tiny"])
+def test_head_init_scale_counts_once(name):
+    heads = []
+    for scale in (1.0, 0.5):
+        torch.manual_seed(0)
+        heads.append(create_model(name, width=0.1, head_init_scale=scale).linear.weight)
+    torch.testing.assert_close(heads[1], 0.5 * heads[0], rtol=0, atol=0)

@@ -99,15 +99,16 @@ class LargeKernelNet(Trunk):
         self.feature_norms = nn.ModuleList(LayerNorm2d(dim) for dim in dims) if feature_norm else None
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head_init_scale = head_init_scale
-        self._add_head(dims[-1], **head)
         for module in self.modules():
             self._initialise(module)
-        self._scale_head()
+        self._add_head(dims[-1], **head)
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self._initialise(self.linear)
-        self._scale_head()
+        with torch.no_grad():
+            for value in self.linear.parameters():
+                value.mul_(self.head_init_scale)
 
     def _initialise(self, module: nn.Module) -> None:
         """Weights normally distributed with a deviation of 0.02, biases 0, as in ConvNeXt; depthwise kernels too."""
@@ -115,11 +116,6 @@ class LargeKernelNet(Trunk):
             nn.init.trunc_normal_(module.weight, std=0.02)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-    def _scale_head(self) -> None:
-        with torch.no_grad():
-            for value in self.linear.parameters():
-                value.mul_(self.head_init_scale)
 
     @torch.no_grad()
     def reparameterize(self) -> None:
