@@ -115,6 +115,7 @@ FOUND = {  # where an error was anything but a ValueError: what was done to whic
     "bias of a plain kernel alone": ("unireplknet", {"stages.0.0.dwconv.bias": ()}),
     "merged mlp of a convnext": ("convnext", {"stages.1.0.pwconv2.0.bias": (3, 3)}),
     "pieces in a slak": ("slak", {"stages.0.blocks.0.mix.tall_weights.0": (4,)}),
+    "pieces without axes": ("slak", {"stages.0.blocks.0.mix.tall_weights.0": ()}),
     "one stripe in a slak_split": ("ours of slak_split", {"stages.0.blocks.0.mix.tall.weight": (7, 2, 51, 3)}),
     "a scalar stripe": ("ours of slak_split", {"stages.0.blocks.0.mix.tall.weight": ()}),
     "no wide stripe": ("slak", {"stages.2.4.large_kernel.LoRA2.conv.weight": None}),
@@ -138,14 +139,16 @@ def test_what_broke_once_is_refused_with_a_value_error(genuine, case):
 
 
 @pytest.mark.parametrize("case", [case for case, (start, _) in FOUND.items() if start.split()[-1] in NAMED])
-@pytest.mark.parametrize("target", ["itself", "slak", "slak_split"])
+@pytest.mark.parametrize("target", ["itself", "twin"])
 def test_what_broke_once_loads_into_nothing(genuine, targets, case, target, tmp_path):
     start, changes = FOUND[case]
-    network, before = targets[start.split()[-1] if target == "itself" else target]
+    layout = start.split()[-1]
+    network, before = targets[layout if target == "itself" else "slak" if layout == "slak_split" else "slak_split"]
+    network.load_state_dict(before)
     weights = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in genuine[start].items()}
     weights |= {k: torch.zeros(v) for k, v in changes.items() if v is not None}
     weights = {k: v for k, v in weights.items() if changes.get(k, ()) is not None}
-    refused(lambda: load_checkpoint(network, saved(weights, tmp_path)), "does not fit")
+    refused(lambda: load_checkpoint(network, saved(weights, tmp_path)), "weights.pth")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
@@ -156,7 +159,7 @@ def test_types_that_are_no_weights_are_refused(genuine):
         refused(lambda w=weights: identify(w))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_identification_refuses_with_a_value_error(genuine, seed):
     rng = random.Random(seed)
     weights = broken(rng, genuine[rng.choice(sorted(genuine))])
@@ -168,7 +171,7 @@ def test_identification_refuses_with_a_value_error(genuine, seed):
         assert identity.model
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_loading_refuses_with_a_value_error(genuine, targets, tmp_path, seed):
     """Into a network that the file is not from, or may be from."""
     rng = random.Random(seed)
