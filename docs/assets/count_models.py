@@ -15,7 +15,7 @@ from shiftconv.analysis.zeros import thin
 
 PAGE = Path(__file__).parents[1] / "models.md"
 BEGIN, END = "<!-- table: docs/assets/count_models.py -->", "<!-- end of table -->"
-SPARSE = "of weights that are not 0, at a sparsity of 40 % and width 1.3"
+SPARSE = "weights that are not zero"
 
 
 class Row(NamedTuple):
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 ROWS = [
-    Row("slak_tiny", {}, "30 M, 5.0 G", f"{SPARSE}; MACs by SNIP's layers, here uniform", 0.6),
+    Row("slak_tiny", {}, "30 M, 5.0 G", f"{SPARSE}, fewer by SNIP in layers with many MACs", 0.6),
     Row("slak_tiny", {"kernel_sizes": (31, 29, 27, 13)}, "30 M, 4.8 G", "the same", 0.6),
     Row("slak_tiny", {"kernel_sizes": (61, 59, 57, 13)}, "31 M, 5.2 G", "the same", 0.6),
     Row("slak_small", {}, "55 M, 9.8 G", "the same", 0.6),
@@ -41,36 +41,35 @@ ROWS = [
         "slak_tiny",
         {"kernel_sizes": (7, 7, 7, 7), "small_kernel_size": 0, "decomposed": False, "width": 1.0},
         "29 M, 4.5 G",
-        "the authors' ConvNeXt-T, which has batch norms and no bias in its depthwise layers",
+        "their ConvNeXt, with batch norms",
     ),
-    Row("slak_split_tiny", why="stripes of 55x5 where 51x5 are named"),
-    Row("slak_weighted_tiny", why="each small kernel stands in both stripes"),
+    Row("slak_split_tiny", why="(stripes of 55x5 where 51x5 are named)"),
+    Row("slak_weighted_tiny", why="(each small kernel stands in both stripes)"),
     Row("slak_shuffled_tiny", {"width": 1.0}),
-    Row("shiftwise_v1_tiny", why="MACs of composed kernels; the authors' own way has 5.48 G and its shift-adds"),
-    Row("shiftwise_tiny", why="the same: 5.34 G and the shift-adds"),
-    Row("shiftwise_small", why="the same: 9.80 G"),
-    Row("shiftwise_base", why="the same: 17.0 G"),
-    Row("shiftwise_large", why="the same: 37.3 G"),
+    Row("shiftwise_v1_tiny", why="(their way has 5.48 G and its shift-adds)"),
+    Row("shiftwise_tiny", why="(5.34 G)"),
+    Row("shiftwise_small", why="(9.80 G)"),
+    Row("shiftwise_base", why="(17.0 G)"),
+    Row("shiftwise_large", why="(37.3 G)"),
     Row("unireplknet_a", {}, "4.4 M, 0.6 G"),
     Row("unireplknet_f", {}, "6.2 M, 0.9 G"),
     Row("unireplknet_p", {}, "10.7 M, 1.6 G"),
     Row("unireplknet_n", {}, "18.3 M, 2.8 G"),
-    Row("unireplknet_t", {}, "31 M, 4.9 G", "after reparameterize()"),
+    Row("unireplknet_t", {}, "31 M, 4.9 G", "deployed"),
     Row("unireplknet_s", {}, "56 M, 9.1 G", "the same"),
-    Row("unireplknet_b", {}, "98 M, 47.2 G", "the same, at 384 px", size=384),
-    Row("unireplknet_l", {}, "218 M, 105.4 G", "the same, at 384 px", size=384),
-    Row("unireplknet_xl", {}, "386 M, 187 G", "the same, at 384 px", size=384),
-    Row("replknet_31b", {}, "79 M, 15.3 G", "after reparameterize()"),
-    Row("replknet_31l", {}, "172 M, 96.0 G", "the same, at 384 px", size=384),
-    Row("replknet_xl", {}, "335 M, 128.7 G", "the same, at 320 px", size=320),
+    Row("unireplknet_b", {}, "98 M, 47.2 G", "deployed", size=384),
+    Row("unireplknet_l", {}, "218 M, 105.4 G", "deployed", size=384),
+    Row("unireplknet_xl", {}, "386 M, 187 G", "deployed", size=384),
+    Row("replknet_31b", {}, "79 M, 15.3 G", "deployed"),
+    Row("replknet_31l", {}, "172 M, 96.0 G", "deployed", size=384),
+    Row("replknet_xl", {}, "335 M, 128.7 G", "deployed", size=320),
     Row("convnext_tiny", {}, "29 M, 4.5 G", "timm's"),
 ]
-COUNTED = ("parameters", "MACs", "deployed: parameters", "MACs", "not 0", "effective MACs")
-COLUMNS = ("`shiftconv count`", *COUNTED, "paper", "what the paper counts")
+COLUMNS = ("`shiftconv count`", "as trained", "deployed", "not zero", "paper", "what the paper counts")
 
 
 def main() -> None:
-    lines = [COLUMNS, tuple("---:" if 0 < i < 7 else "---" for i in range(len(COLUMNS)))]
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
     lines += [cells(row) for row in ROWS]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text = PAGE.read_text()
@@ -88,17 +87,17 @@ def cells(row: Row) -> tuple[str, ...]:
     if fold is not None:
         fold()
     folded = sc.count(deployed, row.size)
-    costs = [exact(n) for n in (counted.parameters, counted.macs, folded.parameters, folded.macs)]
-    return command(row), *(costs if fold else [*costs[:2], "", ""]), *sparse(network, row), row.paper, row.why
+    costs = both(counted.parameters, counted.macs), both(folded.parameters, folded.macs) if fold else ""
+    return command(row), *costs, sparse(network, row), row.paper, row.why
 
 
-def sparse(network: nn.Module, row: Row) -> tuple[str, str]:
+def sparse(network: nn.Module, row: Row) -> str:
     """Parameters that are not 0 and effective MACs at the density that the authors count at."""
     if row.density is None:
-        return "", ""
+        return ""
     thin(network, row.density)
     counted = sc.count(network, row.size)
-    return exact(counted.nonzero_parameters), exact(counted.effective_macs)
+    return both(counted.nonzero_parameters, counted.effective_macs)
 
 
 def command(row: Row) -> str:
@@ -108,14 +107,13 @@ def command(row: Row) -> str:
     return f"`{' '.join(words)}`"
 
 
-def exact(number: int) -> str:
-    """Millions and billions, as papers give them, but to five digits.
+def both(parameters: int, macs: int) -> str:
+    """Parameters in millions and MACs in billions, as papers give them, but to four digits.
 
-    >>> exact(50703838)
-    '50.704 M'
+    >>> both(50703838, 8704776370)
+    '50.7 M, 8.705 G'
     """
-    unit, name = (1e9, "G") if number >= 1e9 else (1e6, "M")
-    return f"{number / unit:.5g} {name}"
+    return f"{parameters / 1e6:.4g} M, {macs / 1e9:.4g} G"
 
 
 if __name__ == "__main__":

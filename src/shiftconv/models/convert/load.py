@@ -91,9 +91,9 @@ def load_checkpoint(model: nn.Module | None, path: _StrPath, ema: bool = False) 
         raise TypeError(f"model must be a network or None, got {type(model).__name__}")
     checkpoint = read_checkpoint(path, ema)
     model = _build(_identity(checkpoint, path)) if model is None else model
-    inner, found = unwrapped(model), recognise(checkpoint.state_dict)
+    inner = unwrapped(model)
     try:
-        weights = _fitted(found, model)
+        weights = _fitted(recognise(checkpoint.state_dict), model)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {type(inner).__name__}: {error}{_what_instead(checkpoint)}") from None
     inner.load_state_dict(weights)
@@ -207,11 +207,11 @@ def convert(
     if names not in get_args(Names):
         raise unknown("names", names, get_args(Names))
     checkpoint = read_checkpoint(source, ema)
-    found = recognise(checkpoint.state_dict)
     identity = _identity(checkpoint, source) if model is None else Identity(model, model_args or {})
     with torch.device("meta"):
         network = create_model(identity.model, **identity.model_args)
     try:
+        found = recognise(checkpoint.state_dict)
         weights = _fitted(found, network)
     except ValueError as error:
         raise ValueError(f"{source} does not fit {identity}: {error}{_what_instead(checkpoint)}") from None

@@ -25,13 +25,16 @@ def relocate(state_dict: Mapping[str, Tensor], network: nn.Module) -> dict[str, 
     Anything else is returned as it is. Both are our keys.
 
     Raises:
-        ValueError: split kernels with weights beyond the stripe, which no stripe of ``network`` can hold.
+        ValueError: split kernels with weights beyond the stripe, which no stripe of ``network`` can hold; both forms in
+            one file.
     """
     weights = dict(state_dict)
     for name, block in network.named_modules():
         if not isinstance(block, Block):
             continue
         mix, prefix = block.mix, f"{name}.mix."
+        if f"{prefix}tall.weight" in weights and f"{prefix}tall_weights.0" in weights:
+            raise ValueError(f"{prefix}tall is there twice, as a stripe and as small kernels")
         if isinstance(mix, ShiftwiseConv2d) and mix.variant.separate and f"{prefix}tall.weight" in weights:
             _split(weights, prefix, mix.small_kernel_size)
         elif isinstance(mix, LargeKernelConv2d) and mix.tall is not None and f"{prefix}tall_weights.0" in weights:

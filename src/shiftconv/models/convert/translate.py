@@ -189,5 +189,6 @@ _BY_CHANNEL: dict[str, int] = {  # what lies between the mixing and the hidden c
 
 def _reorder(weights: dict[str, Tensor], block: str, order: Tensor) -> None:
     for key, axis in _BY_CHANNEL.items():
-        if (value := weights.get(f"{block}.{key}")) is not None and value.shape[axis] == len(order):
+        value = weights.get(f"{block}.{key}")
+        if value is not None and value.shape[axis : axis + 1] == order.shape:  # else it is refused later
             weights[f"{block}.{key}"] = value.index_select(axis, order.to(value.device))
