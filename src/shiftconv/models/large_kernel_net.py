@@ -145,8 +145,9 @@ class LargeKernelNet(Trunk):
         return x
 
     def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(stage, Stage)
-        return self._through(stage.blocks, stage.downsample(x))
+        if isinstance(stage, Stage) and self.grad_checkpointing:
+            return self._through(stage.blocks, stage.downsample(x))
+        return stage(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.global_pool(x)
@@ -253,6 +254,8 @@ def network(
     Raises:
         ValueError: a width that leaves no channel.
     """
+    if len(depths) != len(dims):
+        raise ValueError(f"depths and dims must have one entry for each stage, got {list(depths)} and {list(dims)}")
     scaled = [int(dim * width) for dim in dims]  # rounded down, as the authors round
     if min(scaled) < 1:
         raise ValueError(f"width={width} leaves no channel in a stage of {min(dims)}")

@@ -51,7 +51,9 @@ def shiftwise(
     ``width`` multiplies all channels. ``border`` is as in ``nn.ShiftwiseVariant``.
     """
     sizes = per_stage("kernel_sizes", kernel_sizes, len(depths))
-    small = small_kernel_size if small_kernel_size is not None else 5 if version == 1 else 3
+    if version not in (1, 2):
+        raise ValueError(f"version must be 1 or 2, got {version!r}")
+    small = small_kernel_size or (5 if version == 1 else 3)
     variant = replace(VARIANTS["plain"], border=border, even=version == 2)
 
     def mix(stage: int, index: int, dim: int) -> ShiftwiseConv2d:

@@ -49,6 +49,8 @@ def unireplknet(
     in the others, where of the deeper networks' third stage every second or third block has it and the rest have 3.
     """
     given = published_kernels(depths) if kernel_sizes is None else per_stage("kernel_sizes", kernel_sizes, len(depths))
+    if any(isinstance(sizes, int) for sizes in given):
+        raise TypeError(f"kernel_sizes must have a sequence for each stage, one kernel for each block, got {[*given]}")
     for sizes, depth in zip(given, depths, strict=True):
         if len(sizes) != depth:
             raise ValueError(f"kernel_sizes must have {list(depths)} entries by stage, got {[*map(len, given)]}")

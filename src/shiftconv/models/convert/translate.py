@@ -129,7 +129,8 @@ def _of_a_file(what: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"its {what} are incomplete or of shapes that do not fit: {error}") from error
+        told = str(error).partition("\n")[0]  # the rest of torch's is about its own code
+        raise ValueError(f"its {what} are incomplete or of shapes that do not fit: {told}") from error
 
 
 def _merged_away(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, Tensor]:
