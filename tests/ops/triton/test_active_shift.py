@@ -75,6 +75,10 @@ def test_equals_reference(shape, crop, stride, padding_mode, transpose, both_for
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_every_dtype(dtype, both_formats):
+    if dtype is torch.bfloat16:
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        if not hasattr(interpreter.InterpreterBuilder, "get_bf16"):
+            pytest.skip("the interpreter of this Triton (3.8) cannot make constants of bfloat16")
     for x, offset_dtype in zip(both_formats((2, 3, 3, 4), dtype), (torch.float32, torch.float64), strict=True):
         check(x, x, random_offset(x.shape, offset_dtype), MODES["zeros"], PLAIN, True)
 
