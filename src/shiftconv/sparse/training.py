@@ -1,0 +1,338 @@
+"""Sparse training of any model with any optimiser: masks that follow the optimiser's steps by themselves.
+
+Sources: Liu et al., "More ConvNets in the 2020s", ICLR 2023, arXiv:2207.03620, section 3.3; Evci et al. 2020,
+arXiv:1911.11134 (RigL); Liu et al. 2021, arXiv:2102.02887 (in-time over-parameterization: exploration).
+"""
+
+# torch does not type everything it returns.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from shiftconv.names import unknown
+from shiftconv.sparse import ranks
+from shiftconv.sparse.allocate import Allocation, allocate, quotas
+from shiftconv.sparse.average import averaging
+from shiftconv.sparse.calibration import Calibration, Probe, find_reachable
+from shiftconv.sparse.granularity import Granularity, groups
+from shiftconv.sparse.group import Member, SparseGroup
+from shiftconv.sparse.hooks import follow
+from shiftconv.sparse.moments import clear, states
+from shiftconv.sparse.report import SparsityReport, report
+from shiftconv.sparse.rule import RULES, Evidence, Rule, chance
+from shiftconv.sparse.saved import pack, unpack
+from shiftconv.sparse.schedule import Schedule
+from shiftconv.sparse.update import exchange_all, score_all
+
+
+class SparseTraining:
+    """Keeps a model sparse while an optimiser trains it, and moves the connections from time to time.
+
+    It follows ``optimizer.step()``; nothing else in a training loop changes. Weights that are not active are exactly
+    zero after each step and their gradients never reach the optimiser's averages. A step that a gradient scaler leaves
+    out does not count. The number of active entries is exact, always. With several processes all have the same masks.
+
+    Save ``state_dict()`` with the model and the optimiser and load it after them: training goes on as if it had never
+    stopped. Where gradients are clipped, call :meth:`mask_gradients` before, so that dead weights do not count.
+
+    Args:
+        model: any model, on its device; also one in ``DistributedDataParallel`` or compiled.
+        optimizer: any optimiser of torch's kind, timm's among them, that holds the model's parameters.
+        density: the share of the entries that is active, in (0, 1]; of those that can matter, if ``calibration`` is
+            given: taps that no output can reach are never active, and do not count.
+        allocate: how layers share the density and which entries come first: uniform, erk, snip, snip_layers, grasp,
+            weights (what is not zero), or a dict of masks by the name of their group, as :attr:`masks`; see
+            :mod:`shiftconv.sparse.allocate`.
+        rule: what leaves and what comes back: static, set, set_signed, rigl, snfs, mixed, or a :class:`Rule`.
+        granularity: what an entry of a mask is: weight, kernel, kernel:4, channel, hidden, 2:4, fan_in, or a
+            :class:`Granularity`; or the groups themselves, from :func:`groups`, which can select layers.
+        schedule: when masks change, and how much of them.
+        calibration: some data, for snip and grasp, and to find what can be reached.
+
+    Raises:
+        TypeError: for arguments of other kinds, or parameters in pieces (FSDP).
+        ValueError: for values that do not fit, no selected layer, or parameters that the optimiser does not have;
+            nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        density: float = 0.5,
+        allocate: Allocation = "erk",
+        rule: str | Rule = "rigl",
+        granularity: str | Granularity | Sequence[SparseGroup] = "weight",
+        schedule: Schedule | None = None,
+        calibration: Calibration | None = None,
+    ):
+        _check_kinds(model, optimizer, density)
+        self.optimizer, self.density, self.schedule = optimizer, float(density), schedule or Schedule()
+        self.rule = _rule(rule)
+        self.steps = self.updates = 0
+        self._postponed = self._masked = False
+        self._waiting: RemovableHandle | None = None  # until weights that were loaded are masked
+        self._module = model.module if isinstance(model, DistributedDataParallel) else model
+        if isinstance(granularity, str | Granularity):
+            granularity = groups(self._module, granularity)
+        shared = [*granularity]
+        self._check_groups(shared)
+        if calibration is not None:
+            calibration = Calibration([*calibration.batches], calibration.loss)
+        self._start(shared, allocate, calibration)
+        self._follow_model()
+        self._handle = follow(optimizer, self._before_step, self._after_step)
+
+    def _check_groups(self, shared: Sequence[SparseGroup]) -> None:
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not shared:
+            raise ValueError("no layer is selected; sparse training needs at least one")
+        for group in shared:
+            for member in group.members:
+                if id(member.weight) not in held:
+                    raise ValueError(f"the optimizer does not hold {member.name}, which the masks are for")
+            if group.fixed is not None and not math.isclose(self.density, group.fixed / group.row):
+                raise ValueError(
+                    f"{group.fixed}:{group.row} is a density of {group.fixed / group.row:g}, got density={self.density}"
+                )
+            if group.rows > 1 and self.rule.scope == "global":
+                raise ValueError("a rule of global scope needs masks without rows; 2:4 and fan_in prescribe each row")
+            if group.fixed is not None and self.schedule.start_density is not None:
+                raise ValueError(f"the density of {group.fixed}:{group.row} cannot fall; leave start_density out")
+
+    def _start(self, shared: list[SparseGroup], by: Allocation, calibration: Calibration | None) -> None:
+        """Find and set the first masks."""
+        probe = None
+        if calibration is not None:
+            inputs = next((batch[0] for batch in calibration.batches), None)
+            if inputs is None:
+                raise ValueError("the calibration has no batch; a loader that was used up has none left")
+            probe = Probe(self._module, calibration)
+            found = find_reachable(self._module, shared, inputs)
+            dense = [
+                torch.ones_like(g.mask) if reach is None else reach for g, reach in zip(shared, found, strict=True)
+            ]
+            for group, reach in zip(shared, ranks.broadcast(dense), strict=True):
+                group.reachable = None if reach.all() else reach
+        density = self.schedule.density(0, self.density)
+        masks = ranks.broadcast(allocate(shared, density, by, self._generator, probe))
+        for group, mask in zip(shared, masks, strict=True):
+            group.mask = mask
+        self._shared = {group: group.apart() for group in shared if group.paths and self.schedule.share_every > 1}
+        self.groups = [each for group in shared for each in self._shared.get(group, [group])]
+        self._apply()
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The mask of each group by its name; bool tensors, which are the training's own."""
+        return {group.name: group.mask for group in self.groups}
+
+    @property
+    def active(self) -> int:
+        """How many entries are active in all."""
+        return sum(group.active for group in self.groups)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of inactive weights to zero before they are clipped, unless this step needs them."""
+        if not self._is_due() and not self.rule.dense_moments:
+            for group in self.groups:
+                group.mask_gradients()
+            self._masked = True
+
+    def averaging(self, average: nn.Module) -> AbstractContextManager[None]:
+        """Keep an average of the weights sparse too: ``with sparse.averaging(ema.module): ema.update(model)``.
+
+        What was regrown since it was last averaged takes the weight as it is, and what is inactive is zero.
+
+        Args:
+            average: the averaged copy, whose parameters have the names of the model's.
+        """
+        return averaging(average, self.groups)
+
+    def report(self) -> SparsityReport:
+        """What the masks look like, layer by layer; ``print`` it or ``plot`` it."""
+        return report(self.groups, self.steps, self.updates)
+
+    def detach(self) -> None:
+        """Stop following the optimiser; the weights stay as they are."""
+        self._handle.remove()
+        self._loading.remove()
+        if self._waiting is not None:
+            self._waiting.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on: tensors and plain values; ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "updates": self.updates,
+            "postponed": self._postponed,
+            "density": self.density,
+            "groups": {group.name: pack(group) for group in self.groups},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; load the model and the optimiser before.
+
+        Raises:
+            ValueError: if it is of other layers, another granularity or density; nothing has changed then.
+        """
+        masks = unpack(state, self.groups)
+        if state["density"] != self.density:
+            raise ValueError(f"the saved sparse training has density {state['density']}, this one {self.density}")
+        self.steps, self.updates = state["steps"], state["updates"]
+        self._postponed = state["postponed"]
+        for group, (mask, explored, reachable) in zip(self.groups, masks, strict=True):
+            group.mask, group.reachable = mask, reachable
+            group.explored.copy_(explored)
+        self._apply()
+
+    def _follow_model(self) -> None:
+        """Mask weights that are loaded later too, before they are used. No bound methods: copies would copy it all."""
+
+        def masks_first(module: nn.Module, inputs: object) -> None:
+            self._apply()
+
+        def loaded(module: nn.Module, keys: object) -> None:
+            # Not now: the masks that belong to the new weights may be loaded next.
+            self._waiting = self._waiting or self._module.register_forward_pre_hook(masks_first)
+
+        self._loading = self._module.register_load_state_dict_post_hook(loaded)
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        for group in self.groups:
+            group.apply()
+        if self._waiting is not None:
+            self._waiting.remove()
+            self._waiting = None
+
+    def _is_due(self) -> bool:
+        """Whether an update follows the step that comes next."""
+        moves = self.rule.prune is not None or self.schedule.start_density is not None
+        return moves and (self._postponed or self.schedule.is_due(self.steps + 1))
+
+    def _before_step(self) -> None:
+        if self._waiting is not None:
+            self._apply()
+        if not self._masked:
+            self.mask_gradients()
+        self._masked = False
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        due = self._is_due()
+        self.steps += 1
+        self._apply()
+        if due:
+            self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Exchange connections now, as the schedule does of itself.
+
+        Raises:
+            RuntimeError: the rule needs gradients, or averages of them, that are not there; nothing has changed then.
+        """
+        number = self.updates + 1
+        common = number % self.schedule.share_every == 0
+        units = [g for g in self.groups if not (common and any(g in paths for paths in self._shared.values()))]
+        for shared, paths in self._shared.items() if common else ():
+            shared.mask = paths[0].mask
+            units.append(shared)
+        masks = self._decide(units)
+        self._postponed = masks is None
+        if masks is None:
+            return
+        self.updates = number
+        for unit, mask in zip(units, masks, strict=True):
+            for group in self._shared.get(unit, [unit]):
+                self._set(group, mask.view(group.shape))
+            if unit in self._shared:
+                unit.mask = mask
+        self._apply()
+
+    def _decide(self, units: Sequence[SparseGroup]) -> list[Tensor] | None:
+        """The next mask of each, the same on all processes; None if the gradients are not finite, so it must wait."""
+        found = states(self.optimizer)
+
+        def look(member: Member) -> Evidence:
+            seed = self._seeded(member.name, member.weight.device)
+            return Evidence(member.name, member.weight, member.weight.grad, found.get(member.weight, {}), seed)
+
+        scores = score_all(units, self.rule, look)
+        if self.rule.regrow is not chance:
+            grow = ranks.average([regrow for _, regrow in scores])
+            scores = [(prune, mean) for (prune, _), mean in zip(scores, grow, strict=True)]
+        if not all(regrow.isfinite().all() for _, regrow in scores):
+            return None
+        masks = [group.mask for group in units]
+        if ranks.decides():
+            fraction = self.schedule.fraction(self.steps)
+            masks = exchange_all(units, self._targets(units), fraction, self.rule, scores, self._generator)
+        return ranks.broadcast(masks)
+
+    def _targets(self, units: Sequence[SparseGroup]) -> list[Tensor]:
+        """How many entries of each row shall be active after the next update."""
+        if self.schedule.start_density is None:
+            return [unit.in_rows(unit.mask).sum(1) for unit in units]
+        density = self.schedule.density(self.steps, self.density)
+        scale = density * sum(unit.capacity for unit in units) / sum(unit.active for unit in units)
+        return quotas(units, [unit.active * scale for unit in units], density)
+
+    def _set(self, group: SparseGroup, mask: Tensor) -> None:
+        """Give a group its new mask; what comes back starts from zero or anew, and without a past."""
+        grown = mask & ~group.mask
+        for member in group.members:
+            if member.redraw:
+                self._redraw(member, group, grown)
+        group.mask, group.exchanged = mask, int(grown.sum())
+        if not self.rule.dense_moments:
+            clear(self.optimizer, [group], [mask & ~grown])
+
+    def _redraw(self, member: Member, group: SparseGroup, grown: Tensor) -> None:
+        seen = member.view(member.weight)
+        deviation = seen[group.mask].std(correction=0)
+        generator = self._seeded(f"{member.name} drawn", seen.device)
+        drawn = torch.randn(seen.shape, generator=generator, device=seen.device) * deviation
+        seen.copy_(torch.where(member.spread(grown), drawn.to(seen.dtype), seen))
+
+    def _generator(self, group: SparseGroup) -> torch.Generator:
+        return self._seeded(group.name, group.mask.device)
+
+    def _seeded(self, name: str, device: torch.device) -> torch.Generator:
+        """Chance of this update alone, so that a resumed run needs no generator's state."""
+        text = f"{self.schedule.seed} {self.updates} {name}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+        return torch.Generator(device).manual_seed(seed)
+
+
+def _rule(rule: str | Rule) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"rule must be a name or a Rule, got {type(rule).__name__}")
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    return RULES[rule]
+
+
+def _check_kinds(model: object, optimizer: object, density: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be an optimizer of torch's kind, got {type(optimizer).__name__}")
+    if isinstance(density, bool) or not isinstance(density, int | float):
+        raise TypeError(f"density must be a number, got {density!r}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}")
