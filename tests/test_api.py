@@ -8,7 +8,7 @@ import pytest
 import shiftconv as sc
 
 PUBLIC = {
-    "analysis", "models", "nn", "ops", "recipes", "train",
+    "analysis", "models", "nn", "ops", "recipes", "sparse", "train",
     "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "push_to_hub",
     "save_for_hub", "throughput",
     "__version__",
@@ -35,6 +35,10 @@ NN = {
     "FreezeOffsets", "freeze_offsets", "lattice_penalty", "normalize_offset_gradients", "offset_groups",
     "offset_parameters", "offset_penalty",
 }  # fmt: skip
+SPARSE = {
+    "RULES", "Calibration", "Evidence", "Granularity", "LayerSparsity", "Rule", "Schedule", "SparseTraining",
+    "SparsityReport", "groups",
+}  # fmt: skip
 HEAVY = ["matplotlib", "sklearn", "tensorboard", "triton", "rich", "jsonargparse", "torch._dynamo", "torch._inductor"]
 
 
@@ -47,6 +51,7 @@ def test_surface_is_what_is_documented():
     assert set(sc.__all__) == PUBLIC == set(dir(sc))
     assert set(sc.ops.__all__) == OPS
     assert set(sc.nn.__all__) == NN
+    assert set(sc.sparse.__all__) == SPARSE
     for name in PUBLIC:
         assert getattr(sc, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'creat_model'"):

@@ -6,10 +6,10 @@ A recipe's name is its function's name. Imports no torch.
 from collections.abc import Callable
 
 from shiftconv.names import unknown
-from shiftconv.recipes import shiftresnet
+from shiftconv.recipes import imagenet, shiftresnet
 from shiftconv.train.recipe import Recipe
 
-_RECIPES: dict[str, Callable[[], Recipe]] = {**shiftresnet.RECIPES}
+_RECIPES: dict[str, Callable[[], Recipe]] = {**shiftresnet.RECIPES, **imagenet.RECIPES}
 
 
 def names() -> list[str]:

@@ -21,7 +21,7 @@ class LayerSparsity:
         unreachable: that never can be.
         explored: the share of the entries that were active at any time, 0..1 (ITOP's exploration rate).
         churn: the share of the active entries that the last update brought, 0..1.
-        dead_kernels: whole kernels (of a linear layer: outputs) that are zero.
+        dead_kernels: whole kernels that are zero; of a linear layer, or a 1x1 convolution, whole outputs.
         kernels: how many there are.
     """
 
@@ -124,8 +124,8 @@ def report(groups: Sequence[SparseGroup], steps: int, updates: int) -> SparsityR
 def _layer(group: SparseGroup) -> LayerSparsity:
     active, capacity = group.active, group.capacity
     kernels = group.mask.flatten(2).any(2) if len(group.shape) > 2 else group.mask
-    if len(group.shape) == 2 and group.members[0].weight.ndim == 2:
-        kernels = group.mask.any(1)
+    if len(group.shape) > 1 and group.members[0].weight[0, 0].numel() == 1:
+        kernels = kernels.any(1)
     explored = int(group.explored.sum()) / max(capacity, 1)
     dead = int((~kernels).sum())
     return LayerSparsity(

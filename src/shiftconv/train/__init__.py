@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from shiftconv.train.evaluation import Metrics, evaluate
     from shiftconv.train.loop import Diverged, Result, train
     from shiftconv.train.progress import RichProgress
-    from shiftconv.train.recipe import Data, Optim, Recipe
+    from shiftconv.train.recipe import Data, Optim, Recipe, Sparsity
 
 _HOME = {  # public name: the module that holds it
     "Checkpoint": "checkpoint",
@@ -23,6 +23,7 @@ _HOME = {  # public name: the module that holds it
     "Recipe": "recipe",
     "Result": "loop",
     "RichProgress": "progress",
+    "Sparsity": "recipe",
     "evaluate": "evaluation",
     "open_data": "data",
     "pick_device": "device",
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "Result",
     "RichProgress",
+    "Sparsity",
     "evaluate",
     "open_data",
     "pick_device",

@@ -38,6 +38,7 @@ class Checkpoint:
         metrics: ``history``, one row per finished epoch, and ``best_epoch``, the epoch of the best validation accuracy.
         recipe: ``Recipe.to_dict()``.
         data: name, class names, mean, std and image size of the data set.
+        sparse: state dict of the sparse training; empty where there is none.
     """
 
     model_name: str
@@ -50,6 +51,7 @@ class Checkpoint:
     metrics: dict[str, Any]
     recipe: dict[str, Any]
     data: dict[str, Any] = field(default_factory=dict)
+    sparse: dict[str, Any] = field(default_factory=dict)
 
 
 def encode(checkpoint: Checkpoint) -> memoryview:

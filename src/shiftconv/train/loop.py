@@ -29,6 +29,7 @@ from shiftconv.train.optim import create_optimizer, create_scheduler
 from shiftconv.train.recipe import Recipe
 from shiftconv.train.run import RunFolder
 from shiftconv.train.seed import Stream, derive, seeded
+from shiftconv.train.sparsity import create_sparse
 
 
 class Diverged(RuntimeError):
@@ -92,7 +93,7 @@ def train(
             start = folder.open(recipe, resume)
             data = open_data(recipe.data)
             with determinism(recipe.deterministic), seeded(derive(recipe.seed, Stream.WEIGHTS), picked):
-                trainer = Trainer(recipe, data, picked, tell)
+                trainer = Trainer(recipe, data, picked, tell, resumes=start is not None)
                 if start is not None:
                     trainer.restore(start, folder.source)
                 folder.begin(recipe, start)
@@ -111,7 +112,9 @@ def train(
 class Trainer:
     """Network, optimiser and schedule of a run, and what has come of them so far."""
 
-    def __init__(self, recipe: Recipe, data: DataSets, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, data: DataSets, device: torch.device, progress: Progress, resumes: bool = False
+    ) -> None:
         self.recipe, self.data, self.device, self.progress = recipe, data, device, progress
         self.model_args = model_args(recipe, data.num_classes)
         self.model = create_network(recipe, self.model_args).to(device)
@@ -124,6 +127,8 @@ class Trainer:
         self.loader = data.loader("train", recipe.batch_size, seed=recipe.seed, device=device)
         self.scheduler = create_scheduler(self.optimizer, recipe.optim, recipe.epochs, len(self.loader))
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        first = None if resumes or recipe.sparse.density == 1 else next(iter(self.loader))
+        self.sparse = create_sparse(self.model, self.optimizer, recipe, len(self.loader), first)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
 
@@ -155,6 +160,9 @@ class Trainer:
             "images_per_second": train.images_per_second,
             "seconds": seconds,
         }
+        if self.sparse is not None:
+            masks = self.sparse.report()
+            row |= {"density": masks.density, "explored": masks.explored}
         self.history.append(row)
         if self.best_epoch == 0 or _rank(row) > _rank(self.history[self.best_epoch - 1]):
             self.best_epoch = epoch + 1
@@ -182,6 +190,8 @@ class Trainer:
         self.scaler.scale(loss).backward()
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
+            if self.sparse is not None:
+                self.sparse.mask_gradients()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -224,6 +234,7 @@ class Trainer:
             epoch=self.finished,
             metrics={"history": self.history, "best_epoch": self.best_epoch},
             recipe=self.recipe.to_dict(),
+            sparse=self.sparse.state_dict() if self.sparse is not None else {},
             data={"name": self.data.name, "image_size": self.data.image_size, **about},
         )
 
@@ -250,6 +261,8 @@ class Trainer:
             self.optimizer.load_state_dict(start.optimizer)
             self.scheduler.load_state_dict(start.scheduler)
             self.scaler.load_state_dict(start.scaler)
+            if self.sparse is not None:
+                self.sparse.load_state_dict(start.sparse)
         self.history, self.best_epoch = list(start.metrics["history"]), start.metrics["best_epoch"]
 
 
@@ -289,6 +302,9 @@ def _run(trainer: Trainer, folder: RunFolder, tell: Progress) -> Result:
 
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
     best = load_checkpoint(folder.best)
+    if trainer.sparse is not None:
+        files.write(folder.sparsity, f"{trainer.sparse.report()}\n".encode())
+        trainer.sparse.detach()  # the best weights may have other masks than the last ones
     with _fitting(folder.best, trainer.recipe.model):
         trainer.model.load_state_dict(best.model)
     val = trainer.evaluate("val")

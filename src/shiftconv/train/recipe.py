@@ -11,6 +11,10 @@ DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lamb", "lion"]
 ScheduleName = Literal["step", "cosine", "constant"]
 Amp = Literal["none", "bf16", "fp16"]
+SparseRule = Literal["static", "set", "set_signed", "rigl", "snfs", "mixed"]
+Allocation = Literal["uniform", "erk", "snip", "snip_layers", "grasp"]
+Layers = Literal["all", "large_kernels", "pointwise"]
+Decay = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,62 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Sparsity:
+    """Which weights are zero; see ``shiftconv.sparse``.
+
+    Attributes:
+        density: Share of the weights that are active; 1: all, and the rest of these settings does nothing.
+        rule: What moves the active ones: rigl, set, set_signed, snfs, mixed, or static for nothing.
+        allocate: How layers share the density: erk, uniform, or by the first images snip, snip_layers, grasp.
+        granularity: What is active or not: weight, kernel, kernel:4, channel, hidden (units), 2:4, fan_in.
+        layers: Which layers: all, large_kernels, or pointwise (linear ones and 1x1 convolutions).
+        prune_fraction: Share of the active weights that an update exchanges, at first.
+        final_fraction: The same at the end.
+        decay: How it falls: cosine, linear or constant.
+        every_steps: Updates of the weights between two updates of the masks.
+        warmup_epochs: Epochs, fractions allowed, before the masks first move.
+        stop_fraction: Share of the run after which they stay.
+        share_every: Parallel paths have one mask at each so many-th update, and go their own ways between; 1: always.
+        start_density: The density falls from this one, cubically; none: it is constant.
+        density_epochs: First and last epoch, fractions allowed, of that fall.
+    """
+
+    density: float = 1.0
+    rule: SparseRule = "rigl"
+    allocate: Allocation = "erk"
+    granularity: str = "weight"
+    layers: Layers = "all"
+    prune_fraction: float = 0.3
+    final_fraction: float = 0.0
+    decay: Decay = "cosine"
+    every_steps: int = 100
+    warmup_epochs: float = 0.0
+    stop_fraction: float = 0.75
+    share_every: int = 1
+    start_density: float | None = None
+    density_epochs: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _number("sparse.density", self.density, above=0, high=1)
+        _one_of("sparse rule", self.rule, SparseRule)
+        _one_of("allocation", self.allocate, Allocation)
+        _one_of("layers", self.layers, Layers)
+        _one_of("decay", self.decay, Decay)
+        if not isinstance(self.granularity, str):
+            raise TypeError(f"sparse.granularity must be a name, got {self.granularity!r}")
+        for name in ("prune_fraction", "final_fraction", "stop_fraction"):
+            _number(f"sparse.{name}", getattr(self, name), low=0, high=1)
+        _integer("sparse.every_steps", self.every_steps, 1)
+        _integer("sparse.share_every", self.share_every, 1)
+        _number("sparse.warmup_epochs", self.warmup_epochs, low=0)
+        if self.start_density is not None:
+            _number("sparse.start_density", self.start_density, above=0, high=1)
+        object.__setattr__(self, "density_epochs", tuple(self.density_epochs))  # YAML has lists only
+        if len(self.density_epochs) != 2 or not 0 <= self.density_epochs[0] < self.density_epochs[1]:
+            raise ValueError(f"sparse.density_epochs must be two rising numbers, got {self.density_epochs}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The run.
 
@@ -124,6 +184,7 @@ class Recipe:
         epochs: How often every training image is seen.
         batch_size: Images per update of the weights.
         optim: The optimiser and its learning rate.
+        sparse: Which weights are zero.
         label_smoothing: Share of the target that is spread over all classes.
         amp: Mixed precision: none, bf16, or fp16 (on a GPU only).
         clip_grad: Longest allowed gradient (its norm over all weights); none: no limit.
@@ -140,6 +201,7 @@ class Recipe:
     epochs: int = 100
     batch_size: int = 128
     optim: Optim = field(default_factory=Optim)
+    sparse: Sparsity = field(default_factory=Sparsity)
     label_smoothing: float = 0.0
     amp: Amp = "none"
     clip_grad: float | None = None
@@ -154,7 +216,7 @@ class Recipe:
             raise TypeError(f"model must be the name of a network, got {self.model!r}")
         if not isinstance(self.model_args, dict) or not all(isinstance(key, str) for key in self.model_args):
             raise TypeError(f"model_args must be a dict of named arguments, got {self.model_args!r}")
-        for name, kind in (("data", Data), ("optim", Optim)):
+        for name, kind in (("data", Data), ("optim", Optim), ("sparse", Sparsity)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be of class {kind.__name__}, got {getattr(self, name)!r}")
         _integer("epochs", self.epochs, 1)

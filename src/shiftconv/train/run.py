@@ -23,7 +23,8 @@ class RunFolder:
     """One run's folder.
 
     It holds ``config.yaml`` (the recipe), ``metrics.jsonl`` (one line per epoch), ``last.pt``, ``previous.pt`` (the one
-    before it, should last.pt get damaged), ``best.pt``, ``result.json`` once the run has ended, and ``tensorboard/``.
+    before it, should last.pt get damaged), ``best.pt``, ``tensorboard/``, and once the run has ended ``result.json``
+    and, of a sparse network, ``sparsity.txt``.
 
     Attributes:
         path: the folder.
@@ -72,6 +73,10 @@ class RunFolder:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def sparsity(self) -> Path:
+        return self.path / "sparsity.txt"
 
     @property
     def tensorboard(self) -> Path:
