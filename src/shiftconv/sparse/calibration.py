@@ -17,6 +17,7 @@ from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsa
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  # all convolutions, no public name
 
+from shiftconv.sparse import ranks
 from shiftconv.sparse.group import SparseGroup
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +44,10 @@ class Probe:
     calibration: Calibration
 
     def gradients(self, weights: Sequence[nn.Parameter], second: bool = False) -> list[Tensor]:
-        """The gradient of the summed loss for each weight, or if ``second`` that of its squared norm, halved."""
+        """The gradient of the summed loss for each weight, or if ``second`` that of its squared norm, halved.
+
+        Of several processes, each of which has batches of its own, the mean.
+        """
         totals = [torch.zeros_like(weight) for weight in weights]
         count = 0
         for inputs, targets in self.calibration.batches:
@@ -60,7 +64,7 @@ class Probe:
             raise ValueError("the calibration has no batch; a loader that was used up has none left")
         if not all(total.isfinite().all() for total in totals):
             raise ValueError("the gradients on the calibration's batches are not finite; are inputs and targets right?")
-        return totals
+        return ranks.average(totals)
 
 
 def snip_scores(probe: Probe, groups: Sequence[SparseGroup]) -> list[Tensor]:

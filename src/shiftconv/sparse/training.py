@@ -9,7 +9,7 @@ arXiv:1911.11134 (RigL); Liu et al. 2021, arXiv:2102.02887 (in-time over-paramet
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -125,7 +125,7 @@ class SparseTraining:
             for group, reach in zip(shared, ranks.broadcast(dense), strict=True):
                 group.reachable = None if reach.all() else reach
         density = self.schedule.density(0, self.density)
-        masks = ranks.broadcast(allocate(shared, density, by, self._generator, probe))
+        masks = ranks.broadcast(allocate(shared, density, by, self._generator_of("first"), probe))
         for group, mask in zip(shared, masks, strict=True):
             group.mask = mask
         self._shared = {group: group.apart() for group in shared if group.paths and self.schedule.share_every > 1}
@@ -267,8 +267,8 @@ class SparseTraining:
         found = states(self.optimizer)
 
         def look(member: Member) -> Evidence:
-            seed = self._seeded(member.name, member.weight.device)
-            return Evidence(member.name, member.weight, member.weight.grad, found.get(member.weight, {}), seed)
+            luck = self._seeded(f"score {member.name}", member.weight.device)
+            return Evidence(member.name, member.weight, member.weight.grad, found.get(member.weight, {}), luck)
 
         scores = score_all(units, self.rule, look)
         if self.rule.regrow is not chance:
@@ -279,7 +279,9 @@ class SparseTraining:
         masks = [group.mask for group in units]
         if ranks.decides():
             fraction = self.schedule.fraction(self.steps)
-            masks = exchange_all(units, self._targets(units), fraction, self.rule, scores, self._generator)
+            masks = exchange_all(
+                units, self._targets(units), fraction, self.rule, scores, self._generator_of("exchange")
+            )
         return ranks.broadcast(masks)
 
     def _targets(self, units: Sequence[SparseGroup]) -> list[Tensor]:
@@ -303,16 +305,16 @@ class SparseTraining:
     def _redraw(self, member: Member, group: SparseGroup, grown: Tensor) -> None:
         seen = member.view(member.weight)
         deviation = seen[group.mask].std(correction=0)
-        generator = self._seeded(f"{member.name} drawn", seen.device)
+        generator = self._seeded(f"draw {member.name}", seen.device)
         drawn = torch.randn(seen.shape, generator=generator, device=seen.device) * deviation
         seen.copy_(torch.where(member.spread(grown), drawn.to(seen.dtype), seen))
 
-    def _generator(self, group: SparseGroup) -> torch.Generator:
-        return self._seeded(group.name, group.mask.device)
+    def _generator_of(self, purpose: str) -> Callable[[SparseGroup], torch.Generator]:
+        return lambda group: self._seeded(f"{purpose} {group.name}", group.mask.device)
 
-    def _seeded(self, name: str, device: torch.device) -> torch.Generator:
-        """Chance of this update alone, so that a resumed run needs no generator's state."""
-        text = f"{self.schedule.seed} {self.updates} {name}"
+    def _seeded(self, purpose: str, device: torch.device) -> torch.Generator:
+        """Chance for one purpose in this update alone, so that a resumed run needs no generator's state."""
+        text = f"{self.schedule.seed} {self.updates} {purpose}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
         return torch.Generator(device).manual_seed(seed)
 
