@@ -50,6 +50,7 @@ def test_keeps_its_density_to_the_single_weight(run):
     explored = [row["explored"] for row in run.history]
     assert 0.5 < explored[0] < explored[1] < explored[2] < 1
     assert "layer1.0.conv1.weight" in (run.folder / "sparsity.txt").read_text()
+    assert (run.folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("moment", ["epoch", "write"])

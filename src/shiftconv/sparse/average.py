@@ -40,7 +40,7 @@ def averaging(average: nn.Module, groups: Sequence[SparseGroup]) -> Generator[No
     with torch.no_grad():
         for group, member, copy, was_zero in pairs:
             copy.copy_(torch.where(was_zero, member.weight.to(copy), copy))
-            member.view(copy).masked_fill_(member.spread(~group.mask).to(copy.device), 0)
+            member.keep(copy, group.mask.to(copy.device))
 
 
 def _bare(name: str) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -48,6 +50,19 @@ class Member:
         extra = self.weight.ndim + (self.chunk > 1) - mask.ndim
         return mask.view(*mask.shape, *(1,) * extra)
 
+    @torch.no_grad()
+    def keep(self, value: Tensor, mask: Tensor) -> None:
+        """Set a tensor of the weight's shape to zero, in place, where the mask is not set; also what is not finite.
+
+        On CPUs as a product of its bits with 0 or 1, which has vector instructions: filling takes 8 times as long.
+        """
+        seen, mask = self.view(value.detach()), self.spread(mask)
+        bits = _BITS.get(seen.itemsize) if seen.device.type == "cpu" else None
+        if bits is None:
+            seen.masked_fill_(~mask, 0)
+        else:
+            seen.view(bits).mul_(mask.view(torch.int8))
+
     def sums(self, value: Tensor, ndim: int) -> Tensor:
         """What a tensor of the weight's shape sums up to for each entry of a mask of ``ndim`` axes."""
         seen = self.view(value)
@@ -75,11 +90,12 @@ class SparseGroup:
         fixed: int | None = None,
         paths: bool = False,
     ):
-        device = members[0].weight.device
         self.name, self.members, self.fixed, self.paths = name, members, fixed, paths
         self.shape, self.size = shape, shape.numel()
         self.row = row or self.size
-        self._mask = torch.ones(shape, dtype=torch.bool, device=device)
+        seen = members[0].view(members[0].weight.detach())
+        like = seen if seen.shape == shape else seen.new_empty(shape)
+        self._mask = torch.ones_like(like, dtype=torch.bool)  # laid out as the weights that it masks one by one
         self.explored = torch.zeros_like(self._mask)  # active in any mask that was set
         self.reachable: Tensor | None = None  # which entries some output can read; None: all
         self.exchanged = 0  # entries, by the last update
@@ -114,20 +130,16 @@ class SparseGroup:
         """How many weights the mask masks."""
         return sum(member.weight.numel() for member in self.members)
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set every weight that is not active to zero."""
-        dead = ~self._mask
         for member in self.members:
-            member.view(member.weight).masked_fill_(member.spread(dead), 0)
+            member.keep(member.weight, self._mask)
 
-    @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradient of every weight that is not active to zero."""
-        dead = ~self._mask
         for member in self.members:
             if member.weight.grad is not None:
-                member.view(member.weight.grad).masked_fill_(member.spread(dead), 0)
+                member.keep(member.weight.grad, self._mask)
 
     def apart(self) -> "list[SparseGroup]":
         """A group for each path, with this mask."""

@@ -33,8 +33,7 @@ def clear(optimizer: Optimizer, groups: Sequence[SparseGroup], keep: Sequence[Te
     """
     found = states(optimizer)
     for group, mask in zip(groups, keep, strict=True):
-        gone = ~mask
         for member in group.members:
             for value in found.get(member.weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == member.weight.shape:
-                    member.view(value).masked_fill_(member.spread(gone), 0)
+                    member.keep(value, mask)

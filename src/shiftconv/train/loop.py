@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,10 @@ def _run(trainer: Trainer, folder: RunFolder, tell: Progress) -> Result:
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
     best = load_checkpoint(folder.best)
     if trainer.sparse is not None:
-        files.write(folder.sparsity, f"{trainer.sparse.report()}\n".encode())
+        masks = trainer.sparse.report()
+        files.write(folder.sparsity, f"{masks}\n".encode())
+        if find_spec("matplotlib") is not None:
+            masks.plot(folder.sparsity.with_suffix(".png"))
         trainer.sparse.detach()  # the best weights may have other masks than the last ones
     with _fitting(folder.best, trainer.recipe.model):
         trainer.model.load_state_dict(best.model)

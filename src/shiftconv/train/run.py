@@ -24,7 +24,7 @@ class RunFolder:
 
     It holds ``config.yaml`` (the recipe), ``metrics.jsonl`` (one line per epoch), ``last.pt``, ``previous.pt`` (the one
     before it, should last.pt get damaged), ``best.pt``, ``tensorboard/``, and once the run has ended ``result.json``
-    and, of a sparse network, ``sparsity.txt``.
+    and, of a sparse network, ``sparsity.txt`` and its picture.
 
     Attributes:
         path: the folder.
