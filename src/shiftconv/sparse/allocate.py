@@ -82,6 +82,8 @@ def allocate(
         ValueError: for an unknown name, data that is needed and missing, or masks that do not fit.
     """
     if not isinstance(by, str):
+        if surplus := sorted({*by} - {member.name for group in groups for member in group.members})[:3]:
+            raise ValueError(f"there are masks for {', '.join(surplus)}, which no group here has")
         return [_saved(group, by) for group in groups]
     if by not in NAMES:
         raise unknown("allocation", by, NAMES)
@@ -152,8 +154,8 @@ def _by_scores(groups: Sequence[SparseGroup], scores: Sequence[Tensor], density:
 
 
 def _nonzero(group: SparseGroup) -> Tensor:
-    used = sum(member.sums((member.weight != 0).long(), len(group.shape)) for member in group.members)
-    return torch.as_tensor(used) > 0
+    used = [member.sums((member.weight != 0).long(), len(group.shape)) for member in group.members]
+    return _fitting(group, torch.stack(used).sum(0) > 0)
 
 
 def _saved(group: SparseGroup, masks: Mapping[str, Tensor]) -> Tensor:
@@ -162,8 +164,15 @@ def _saved(group: SparseGroup, masks: Mapping[str, Tensor]) -> Tensor:
     mask = masks[group.name]
     if mask.shape != group.shape:
         raise ValueError(f"the mask of {group.name} must be {[*group.shape]}, got {[*mask.shape]}")
-    mask = mask.to(group.mask.device) != 0
+    return _fitting(group, mask.to(group.mask.device) != 0)
+
+
+def _fitting(group: SparseGroup, mask: Tensor) -> Tensor:
+    """The mask without what cannot be reached, if each row has as many entries as it must have."""
+    mask = mask & group.allowed().view(group.shape)
     each = group.in_rows(mask).sum(1)
-    if group.fixed is not None and not torch.equal(each, group.allowed().sum(1).clamp(max=group.fixed)):
-        raise ValueError(f"the mask of {group.name} does not have {group.fixed} entries in each {group.row}")
+    most = group.fixed or int(each.max())
+    if group.rows > 1 and not torch.equal(each, group.allowed().sum(1).clamp(max=most)):
+        wanted = f"{group.fixed} entries" if group.fixed else "as many entries"
+        raise ValueError(f"the mask of {group.name} does not have {wanted} in each row of {group.row}")
     return mask

@@ -19,7 +19,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 @contextmanager
 def averaging(average: nn.Module, groups: Sequence[SparseGroup]) -> Generator[None]:
-    """Around the update of an average: entries that were zero take the weight itself, inactive ones become zero.
+    """Around the update of an average: entries that came back take the weight itself, inactive ones are zero.
 
     Args:
         average: the averaged copy of the model, whose parameters have the same names.
@@ -28,18 +28,22 @@ def averaging(average: nn.Module, groups: Sequence[SparseGroup]) -> Generator[No
     Raises:
         ValueError: for a parameter that the average does not have.
     """
-    found = {_bare(name): parameter for name, parameter in average.named_parameters()}
+    exact = dict(average.named_parameters())
+    found = {_bare(name): parameter for name, parameter in exact.items()} | exact
     pairs: list[tuple[SparseGroup, Member, Tensor, Tensor]] = []
     for group in groups:
         for member in group.members:
-            copy = found.get(_bare(member.name))
+            copy = found.get(member.name, found.get(_bare(member.name)))
             if copy is None or copy.shape != member.weight.shape:
                 raise ValueError(f"the average has no parameter {member.name} {[*member.weight.shape]}")
             pairs.append((group, member, copy.detach(), copy.detach() == 0))
     yield
     with torch.no_grad():
         for group, member, copy, was_zero in pairs:
-            copy.copy_(torch.where(was_zero, member.weight.to(copy), copy))
+            rested = member.spread(group.rested).to(copy.device)
+            returns = member.view(was_zero) & rested
+            seen = member.view(copy)
+            seen.copy_(torch.where(returns, member.view(member.weight).to(copy), seen))
             member.keep(copy, group.mask.to(copy.device))
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  # all convolutions, no public name
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]  # all convolutions, no public name
 
 from shiftconv.names import unknown
 from shiftconv.sparse.chains import Chain, chains
@@ -35,6 +35,8 @@ Select = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], b
 KINDS = ("weight", "kernel", "channel", "hidden", "fan_in")
 _PATTERN = re.compile(r"(\d+):(\d+)")
 _CHUNKS = re.compile(r"kernel:(\d+)")
+# What torch's layers call their weights; layers derived from them have parameters of other kinds.
+_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _DENSE_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, _ConvNd)
 
 
@@ -126,12 +128,16 @@ def groups(
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     """Name, weight and owner of each weight in a module that masks may prune, each once."""
-    seen: set[int] = set()
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    seen = {id(embedding.weight) for embedding in embeddings}
     for prefix, owner in module.named_modules():
+        layer = isinstance(owner, _DENSE_LAYERS)
         for name, parameter in owner.named_parameters(prefix, recurse=False):
-            kind = parameter.ndim >= 2 and isinstance(owner, _DENSE_LAYERS)
-            kernels = parameter.ndim >= 4 and parameter.shape[0] > 1
-            if (kind or kernels) and parameter.requires_grad and id(parameter) not in seen:
+            if layer:
+                fits = parameter.ndim >= 2 and name.removeprefix(f"{prefix}.") in _WEIGHTS
+            else:
+                fits = parameter.ndim >= 4 and parameter.shape[0] > 1 and parameter[0].numel() > 1
+            if fits and parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield name, parameter, owner
 
@@ -164,10 +170,17 @@ def _paths(model: nn.Module, share: bool) -> list[tuple[list[tuple[str, nn.Param
 def _group(paths: list[tuple[str, nn.Parameter]], owner: nn.Module, granularity: Granularity) -> SparseGroup:
     (name, first), *_ = paths
     fixed = row = None
-    inputs_last = granularity.pattern is not None and first.ndim > 2 and first.shape[1] > 1
-    members = [Member(name, weight, chunk=granularity.chunk, inputs_last=inputs_last) for name, weight in paths]
-    if first.shape[0] % granularity.chunk:
-        raise ValueError(f"{name} has {first.shape[0]} outputs, which are no multiple of {granularity.chunk}")
+    by_output = granularity.pattern is not None or granularity.kind in ("channel", "fan_in")
+    axis = int(by_output and isinstance(owner, _ConvTransposeNd))  # where its outputs are
+    if axis and owner.groups != 1:
+        raise ValueError(
+            f"{name} is of a transposed convolution in groups, whose outputs {granularity} cannot tell apart"
+        )
+    inputs_last = granularity.pattern is not None and first.ndim > 2 and first.shape[1 - axis] > 1
+    chunk = granularity.chunk
+    members = [Member(name, weight, axis, chunk, inputs_last) for name, weight in paths]
+    if first.shape[axis] % chunk:
+        raise ValueError(f"{name} has {first.shape[axis]} outputs, which are no multiple of {chunk}")
     seen = members[0].view(first)
     shape = seen.shape
     if granularity.kind == "kernel":
@@ -176,12 +189,12 @@ def _group(paths: list[tuple[str, nn.Parameter]], owner: nn.Module, granularity:
         shape = seen.shape[:1]
         bias = getattr(owner, "bias", None) if isinstance(owner, _DENSE_LAYERS) else None
         if isinstance(bias, nn.Parameter) and len(paths) == 1:
-            members.append(Member(f"{name.removesuffix('weight')}bias", bias, chunk=granularity.chunk))
+            members.append(Member(f"{name.removesuffix('weight')}bias", bias, chunk=chunk))
     elif granularity.kind == "fan_in":
-        row = first[0].numel()
+        row = first.numel() // first.shape[axis]
     if granularity.pattern is not None:
         fixed, row = granularity.pattern
-        if shape[-1] % row and not (shape[1] == 1 and first[0].numel() % row == 0):
+        if shape[-1] % row and not (first.shape[1 - axis] == 1 and first[0].numel() % row == 0):
             raise ValueError(
                 f"{name} {[*first.shape]} has no multiple of {row} inputs, as the granularity {granularity} needs; "
                 "leave it out by select"

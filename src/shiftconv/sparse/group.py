@@ -97,6 +97,7 @@ class SparseGroup:
         like = seen if seen.shape == shape else seen.new_empty(shape)
         self._mask = torch.ones_like(like, dtype=torch.bool)  # laid out as the weights that it masks one by one
         self.explored = torch.zeros_like(self._mask)  # active in any mask that was set
+        self.rested = torch.zeros_like(self._mask)  # not active in any of them
         self.reachable: Tensor | None = None  # which entries some output can read; None: all
         self.exchanged = 0  # entries, by the last update
 
@@ -109,6 +110,7 @@ class SparseGroup:
     def mask(self, value: Tensor) -> None:
         self._mask.copy_(value.view(self.shape))
         self.explored |= self._mask
+        self.rested |= ~self._mask
 
     @property
     def rows(self) -> int:
@@ -174,10 +176,11 @@ def highest(score: Tensor, candidates: Tensor, count: Tensor, generator: torch.G
     count = torch.minimum(count, candidates.sum(1))
     if len(score) == 1:
         return _highest_of_one(score[0], candidates[0], int(count), generator)[None]
-    shuffled = torch.rand(score.shape, generator=generator, device=score.device).argsort(1)
-    ranked = score.masked_fill(~candidates, -torch.inf).gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
+    order = torch.rand(score.shape, generator=generator, device=score.device).argsort(1)
+    for key in (score, candidates.to(torch.uint8)):  # by candidacy, then by score, then by chance
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, descending=True, stable=True))
     chosen = torch.arange(score.shape[1], device=score.device) < count[:, None]
-    return torch.zeros_like(candidates).scatter_(1, shuffled.gather(1, ranked), chosen) & candidates
+    return torch.zeros_like(candidates).scatter_(1, order, chosen)
 
 
 def _highest_of_one(score: Tensor, candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:

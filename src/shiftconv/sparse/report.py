@@ -123,7 +123,8 @@ def report(groups: Sequence[SparseGroup], steps: int, updates: int) -> SparsityR
 
 def _layer(group: SparseGroup) -> LayerSparsity:
     active, capacity = group.active, group.capacity
-    kernels = group.mask.flatten(2).any(2) if len(group.shape) > 2 else group.mask
+    mask = group.mask.movedim(-1, 1) if group.members[0].inputs_last else group.mask
+    kernels = mask.flatten(2).any(2) if len(group.shape) > 2 else mask
     if len(group.shape) > 1 and group.members[0].weight[0, 0].numel() == 1:
         kernels = kernels.any(1)
     explored = int(group.explored.sum()) / max(capacity, 1)

@@ -21,7 +21,7 @@ class Schedule:
     Args:
         every_steps: an update of the masks follows each so many steps.
         prune_fraction: the share of the active entries that an update exchanges, at first.
-        steps: of the whole training; None: unknown, which asks for ``decay="constant"`` and no ``stop_fraction``.
+        steps: of the whole training; None: unknown, so that the fraction stays and updates go on for ever.
         decay: how the fraction falls until the last step.
         final_fraction: to which value it falls.
         warmup_steps: no update before these.
@@ -70,6 +70,11 @@ class Schedule:
                 raise ValueError(f"start_density must be in (0, 1], got {self.start_density!r}")
             if not 0 <= first < last:
                 raise ValueError(f"density_steps must be (first, last) with 0 <= first < last, got {(first, last)}")
+            if self.steps is not None and last > self.stop_fraction * self.steps:
+                raise ValueError(
+                    f"the density falls until step {last}, but masks stay after {self.stop_fraction:g} of {self.steps} "
+                    "steps; let density_steps end before"
+                )
 
     def is_due(self, step: int) -> bool:
         """Whether an update follows step ``step``, counted from 1."""

@@ -9,7 +9,7 @@ arXiv:1911.11134 (RigL); Liu et al. 2021, arXiv:2102.02887 (in-time over-paramet
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,22 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from shiftconv.names import unknown
 from shiftconv.sparse import ranks
 from shiftconv.sparse.allocate import Allocation, allocate, quotas
+from shiftconv.sparse.arguments import check_arguments, find_rule
 from shiftconv.sparse.average import averaging
 from shiftconv.sparse.calibration import Calibration, Probe, find_reachable
 from shiftconv.sparse.granularity import Granularity, groups
 from shiftconv.sparse.group import Member, SparseGroup
-from shiftconv.sparse.hooks import follow
+from shiftconv.sparse.hooks import OnLoad, follow
 from shiftconv.sparse.moments import clear, states
 from shiftconv.sparse.report import SparsityReport, report
-from shiftconv.sparse.rule import RULES, Evidence, Rule, chance
+from shiftconv.sparse.rule import Evidence, Rule, chance
 from shiftconv.sparse.saved import pack, unpack
 from shiftconv.sparse.schedule import Schedule
 from shiftconv.sparse.update import exchange_all, score_all
+
+_ENOUGH = 32  # weights, that all of them being zero is no accident
 
 
 class SparseTraining:
@@ -42,8 +43,9 @@ class SparseTraining:
     zero after each step and their gradients never reach the optimiser's averages. A step that a gradient scaler leaves
     out does not count. The number of active entries is exact, always. With several processes all have the same masks.
 
-    Save ``state_dict()`` with the model and the optimiser and load it after them: training goes on as if it had never
-    stopped. Where gradients are clipped, call :meth:`mask_gradients` before, so that dead weights do not count.
+    Save ``state_dict()`` with the model and the optimiser. To go on make this object first, then load the model and the
+    optimiser, and this last: training goes on as if it had never stopped. Where gradients are clipped, call
+    :meth:`mask_gradients` before, so that dead weights do not count.
 
     Args:
         model: any model, on its device; also one in ``DistributedDataParallel`` or compiled.
@@ -76,31 +78,45 @@ class SparseTraining:
         schedule: Schedule | None = None,
         calibration: Calibration | None = None,
     ):
-        _check_kinds(model, optimizer, density)
+        check_arguments(model, optimizer, density, allocate, granularity, schedule, calibration)
         self.optimizer, self.density, self.schedule = optimizer, float(density), schedule or Schedule()
-        self.rule = _rule(rule)
+        self.rule = find_rule(rule)
         self.steps = self.updates = 0
-        self._postponed = self._masked = False
-        self._waiting: RemovableHandle | None = None  # until weights that were loaded are masked
-        self._module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._postponed = False
+        self._gradients: dict[Member, Tensor | None] = {}  # of all weights, for an update after the step
+        self._module = _unwrapped(model)
         if isinstance(granularity, str | Granularity):
             granularity = groups(self._module, granularity)
         shared = [*granularity]
         self._check_groups(shared)
         if calibration is not None:
             calibration = Calibration([*calibration.batches], calibration.loss)
-        self._start(shared, allocate, calibration)
-        self._follow_model()
+        reachable = [group.reachable for group in shared]
+        try:
+            self._start(shared, allocate, calibration)
+        except BaseException:
+            for group, before in zip(shared, reachable, strict=True):
+                group.reachable = before
+            raise
+        self._loading = OnLoad(self._module, self._apply)
+        self._apply()
+        if not self.rule.dense_moments:
+            clear(optimizer, self.groups, [group.mask for group in self.groups])
         self._handle = follow(optimizer, self._before_step, self._after_step)
 
     def _check_groups(self, shared: Sequence[SparseGroup]) -> None:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not shared:
             raise ValueError("no layer is selected; sparse training needs at least one")
+        names = [group.name for group in shared]
+        if len({*names}) < len(names):
+            raise ValueError(f"{max(names, key=names.count)} has more than one mask")
+        for member in (member for group in shared for member in group.members):
+            if member.weight.is_meta:
+                raise ValueError(f"{member.name} is on the meta device: it has no numbers to mask")
+            if id(member.weight) not in held:
+                raise ValueError(f"the optimizer does not hold {member.name}, which the masks are for")
         for group in shared:
-            for member in group.members:
-                if id(member.weight) not in held:
-                    raise ValueError(f"the optimizer does not hold {member.name}, which the masks are for")
             if group.fixed is not None and not math.isclose(self.density, group.fixed / group.row):
                 raise ValueError(
                     f"{group.fixed}:{group.row} is a density of {group.fixed / group.row:g}, got density={self.density}"
@@ -130,7 +146,9 @@ class SparseTraining:
             group.mask = mask
         self._shared = {group: group.apart() for group in shared if group.paths and self.schedule.share_every > 1}
         self.groups = [each for group in shared for each in self._shared.get(group, [group])]
-        self._apply()
+        for path in (path for paths in self._shared.values() for path in paths):
+            if isinstance(by, Mapping) and path.name in by:
+                path.mask = by[path.name].to(path.mask.device) != 0
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -143,11 +161,9 @@ class SparseTraining:
         return sum(group.active for group in self.groups)
 
     def mask_gradients(self) -> None:
-        """Set the gradients of inactive weights to zero before they are clipped, unless this step needs them."""
-        if not self._is_due() and not self.rule.dense_moments:
-            for group in self.groups:
-                group.mask_gradients()
-            self._masked = True
+        """Set the gradients of inactive weights to zero: once per step, before gradients are clipped."""
+        self._gradients = {}
+        self._before_step()
 
     def averaging(self, average: nn.Module) -> AbstractContextManager[None]:
         """Keep an average of the weights sparse too: ``with sparse.averaging(ema.module): ema.update(model)``.
@@ -167,8 +183,6 @@ class SparseTraining:
         """Stop following the optimiser; the weights stay as they are."""
         self._handle.remove()
         self._loading.remove()
-        if self._waiting is not None:
-            self._waiting.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on: tensors and plain values; ``torch.load(weights_only=True)`` reads it."""
@@ -182,40 +196,45 @@ class SparseTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; load the model and the optimiser before.
+        """Go on from a state; make this object first, then load the model and the optimiser, and this last.
 
         Raises:
-            ValueError: if it is of other layers, another granularity or density; nothing has changed then.
+            ValueError: if it is damaged, of other layers, another granularity or density, or of other weights than
+                those of the model; nothing has changed then.
         """
-        masks = unpack(state, self.groups)
+        saved = unpack(state, self.groups)
         if state["density"] != self.density:
             raise ValueError(f"the saved sparse training has density {state['density']}, this one {self.density}")
+        self._check_weights([one.active for one in saved])
         self.steps, self.updates = state["steps"], state["updates"]
         self._postponed = state["postponed"]
-        for group, (mask, explored, reachable) in zip(self.groups, masks, strict=True):
-            group.mask, group.reachable = mask, reachable
-            group.explored.copy_(explored)
+        for group, one in zip(self.groups, saved, strict=True):
+            group.mask, group.reachable, group.exchanged = one.active, one.reachable, one.exchanged
+            group.explored.copy_(one.explored)
+            group.rested.copy_(one.rested)
+        for shared, paths in self._shared.items():
+            shared.reachable = paths[0].reachable
         self._apply()
 
-    def _follow_model(self) -> None:
-        """Mask weights that are loaded later too, before they are used. No bound methods: copies would copy it all."""
-
-        def masks_first(module: nn.Module, inputs: object) -> None:
-            self._apply()
-
-        def loaded(module: nn.Module, keys: object) -> None:
-            # Not now: the masks that belong to the new weights may be loaded next.
-            self._waiting = self._waiting or self._module.register_forward_pre_hook(masks_first)
-
-        self._loading = self._module.register_load_state_dict_post_hook(loaded)
+    def _check_weights(self, masks: Sequence[Tensor]) -> None:
+        """The first masks of this object must not have wiped out weights that the saved ones keep."""
+        new = used = 0
+        for group, mask in zip(self.groups, masks, strict=True):
+            returning = mask & ~group.mask
+            new += int(returning.sum())
+            for member in group.members:
+                used += int((member.view(member.weight) != 0)[returning].sum())
+        if new >= _ENOUGH and not used:
+            raise ValueError(
+                f"{new} weights that the saved masks keep are all zero in the model: make SparseTraining first, then "
+                "load the model and the optimiser, and its state last"
+            )
 
     @torch.no_grad()
     def _apply(self) -> None:
         for group in self.groups:
             group.apply()
-        if self._waiting is not None:
-            self._waiting.remove()
-            self._waiting = None
+        self._loading.done()
 
     def _is_due(self) -> bool:
         """Whether an update follows the step that comes next."""
@@ -223,23 +242,32 @@ class SparseTraining:
         return moves and (self._postponed or self.schedule.is_due(self.steps + 1))
 
     def _before_step(self) -> None:
-        if self._waiting is not None:
+        """Keep the gradients of dead weights from the optimiser; an update after the step may need them."""
+        if self._loading.waits:
             self._apply()
-        if not self._masked:
-            self.mask_gradients()
-        self._masked = False
+        if self.rule.dense_moments:
+            return
+        members = [member for group in self.groups for member in group.members]
+        if self._is_due() and self.rule.regrow is not chance and not self._gradients:
+            grads = ((member, member.weight.grad) for member in members)
+            self._gradients = {member: None if grad is None else grad.clone() for member, grad in grads}
+        for group in self.groups:
+            group.mask_gradients()
 
     @torch.no_grad()
     def _after_step(self) -> None:
         due = self._is_due()
         self.steps += 1
         self._apply()
-        if due:
-            self.update()
+        try:
+            if due:
+                self.update()
+        finally:
+            self._gradients = {}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Exchange connections now, as the schedule does of itself.
+        """Exchange connections now, as the schedule does of itself; by the gradients that the weights have now.
 
         Raises:
             RuntimeError: the rule needs gradients, or averages of them, that are not there; nothing has changed then.
@@ -255,11 +283,10 @@ class SparseTraining:
         if masks is None:
             return
         self.updates = number
-        for unit, mask in zip(units, masks, strict=True):
-            for group in self._shared.get(unit, [unit]):
-                self._set(group, mask.view(group.shape))
-            if unit in self._shared:
-                unit.mask = mask
+        new = {g: mask.view(g.shape) for u, mask in zip(units, masks, strict=True) for g in self._shared.get(u, [u])}
+        kept = [self._set(group, mask) for group, mask in new.items()]
+        if not self.rule.dense_moments:
+            clear(self.optimizer, [*new], kept)
         self._apply()
 
     def _decide(self, units: Sequence[SparseGroup]) -> list[Tensor] | None:
@@ -268,7 +295,8 @@ class SparseTraining:
 
         def look(member: Member) -> Evidence:
             luck = self._seeded(f"score {member.name}", member.weight.device)
-            return Evidence(member.name, member.weight, member.weight.grad, found.get(member.weight, {}), luck)
+            grad = self._gradients.get(member, member.weight.grad)
+            return Evidence(member.name, member.weight, grad, found.get(member.weight, {}), luck)
 
         scores = score_all(units, self.rule, look)
         if self.rule.regrow is not chance:
@@ -292,19 +320,21 @@ class SparseTraining:
         scale = density * sum(unit.capacity for unit in units) / sum(unit.active for unit in units)
         return quotas(units, [unit.active * scale for unit in units], density)
 
-    def _set(self, group: SparseGroup, mask: Tensor) -> None:
-        """Give a group its new mask; what comes back starts from zero or anew, and without a past."""
+    def _set(self, group: SparseGroup, mask: Tensor) -> Tensor:
+        """Give a group its new mask, and return which of its entries have a past."""
         grown = mask & ~group.mask
         for member in group.members:
             if member.redraw:
                 self._redraw(member, group, grown)
         group.mask, group.exchanged = mask, int(grown.sum())
-        if not self.rule.dense_moments:
-            clear(self.optimizer, [group], [mask & ~grown])
+        return mask & ~grown
 
     def _redraw(self, member: Member, group: SparseGroup, grown: Tensor) -> None:
+        """Draw what comes back as widely as what is there."""
         seen = member.view(member.weight)
         deviation = seen[group.mask].std(correction=0)
+        if not deviation > 0:
+            deviation = seen[0].numel() ** -0.5
         generator = self._seeded(f"draw {member.name}", seen.device)
         drawn = torch.randn(seen.shape, generator=generator, device=seen.device) * deviation
         seen.copy_(torch.where(member.spread(grown), drawn.to(seen.dtype), seen))
@@ -319,22 +349,11 @@ class SparseTraining:
         return torch.Generator(device).manual_seed(seed)
 
 
-def _rule(rule: str | Rule) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    if not isinstance(rule, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"rule must be a name or a Rule, got {type(rule).__name__}")
-    if rule not in RULES:
-        raise unknown("rule", rule, RULES)
-    return RULES[rule]
-
-
-def _check_kinds(model: object, optimizer: object, density: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be an optimizer of torch's kind, got {type(optimizer).__name__}")
-    if isinstance(density, bool) or not isinstance(density, int | float):
-        raise TypeError(f"density must be a number, got {density!r}")
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers for several processes, and of ``torch.compile``."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else None
+        inner = inner or dict(model.named_children()).get("_orig_mod")
+        if inner is None:
+            return model
+        model = inner

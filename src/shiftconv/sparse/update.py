@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shiftconv.sparse.group import Member, SparseGroup, highest
-from shiftconv.sparse.rule import Evidence, Rule, Score, magnitude
+from shiftconv.sparse.rule import Evidence, Rule, Score, chance, magnitude
 
 Look = Callable[[Member], Evidence]
 
@@ -37,7 +37,7 @@ def exchange(
         allowed: which entries may be active.
         target: how many entries of each row shall be active then, ``[R]``.
         fraction: the share of them that is exchanged.
-        scores: of pruning, and of regrowing.
+        scores: of pruning, infinite for what must stay, and of regrowing.
         rule: which threshold, and how much by chance.
         generator: for chance and ties.
     """
@@ -47,7 +47,7 @@ def exchange(
     leaving = _ceil(fraction, torch.minimum(before, target)) if rule.prune is not None else torch.zeros_like(before)
     if not math.isinf(rule.threshold):
         leaving = torch.minimum(leaving, (active & (prune < rule.threshold)).sum(1))
-    kept = active & ~highest(-prune, active, surplus + leaving, generator)
+    kept = active & ~highest(-prune, active & ~prune.isposinf(), surplus + leaving, generator)
     missing = target - kept.sum(1)
     by_chance = torch.round(rule.explore * missing.double()).long()
     after = kept | highest(regrow, allowed & ~kept, missing - by_chance, generator)
@@ -90,7 +90,12 @@ def exchange_all(
 def score_all(groups: Sequence[SparseGroup], rule: Rule, look: Look) -> list[tuple[Tensor, Tensor]]:
     """The scores of pruning and of regrowing of each group."""
     prune = rule.prune or magnitude
-    return [(score_entries(g, prune, look), score_entries(g, rule.regrow, look)) for g in groups]
+    return [(score_entries(g, prune, look), score_entries(g, _regrow(g, rule), look)) for g in groups]
+
+
+def _regrow(group: SparseGroup, rule: Rule) -> Score:
+    """Chance, where what is not active has no gradient that could tell anything."""
+    return chance if any(member.redraw for member in group.members) else rule.regrow
 
 
 def _with_one_safe(group: SparseGroup, prune: Tensor) -> Tensor:
