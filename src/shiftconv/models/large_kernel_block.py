@@ -53,26 +53,43 @@ class ResponseNorm(nn.Module):
     ``y = x * (1 + weight * n) + bias`` with ``n`` the norm of each channel's map over the mean of those norms.
     Woo et al., "ConvNeXt V2", arXiv:2301.00808, section 3.
 
+    The mean is of all ``dim`` channels, also where some, which are zero, have been left out: by its methods the module
+    is one of :class:`shiftconv.sparse.channelwise.KeepChannels`.
+
     Args:
         dim: channels, ``C``.
         eps: added to the mean.
     """
 
     bias: nn.Parameter | None
+    channel_axis = -1
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.eps = eps
+        self.dim, self.eps = dim, eps
 
     def forward(self, x: Tensor) -> Tensor:
         strength = _norm_of_maps(x)
-        scale = 1 + self.weight * (strength / (strength.mean(-1, keepdim=True) + self.eps))
+        mean = strength.mean(-1, keepdim=True)
+        if len(self.weight) != self.dim:
+            mean = mean * (len(self.weight) / self.dim)
+        scale = 1 + self.weight * (strength / (mean + self.eps))
         scale = scale.to(x.dtype)
         return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, scale)
 
+    def keep_channels(self, kept: Tensor) -> None:
+        """Go without all channels but ``kept``, indices ``[K]``, in place; the others must be zero wherever it runs."""
+        self.weight = nn.Parameter(self.weight.detach()[kept])
+        self.bias = None if self.bias is None else nn.Parameter(self.bias.detach()[kept])
+
+    def output_of_zeros(self) -> Tensor:
+        """What a channel of zeros comes out as, ``[C]``."""
+        return torch.zeros_like(self.weight) if self.bias is None else self.bias
+
     def extra_repr(self) -> str:
-        return f"{len(self.weight)}, eps={self.eps}, bias={self.bias is not None}"
+        of = "" if len(self.weight) == self.dim else f" of {self.dim}"
+        return f"{len(self.weight)}{of}, eps={self.eps}, bias={self.bias is not None}"
 
 
 def _norm_of_maps(x: Tensor) -> Tensor:

@@ -53,6 +53,14 @@ class CrossKernels(NamedTuple):
         tall = self.tall + nn.functional.pad(self.small, room)
         return self._replace(tall=tall, small=None, padding=self.padding[:-1])
 
+    def trimmed(self) -> "CrossKernels":
+        """The same without kernels, and rows and columns at either end of one, that are zero in all channels."""
+        each = [_trim(*pair) for pair in zip(self.kernels(), self.padding, strict=True)]
+        each = [pair for pair in each if pair[0].count_nonzero()] or each[:1]
+        (tall, *rest), padding = zip(*each, strict=True)
+        wide, small = (*rest, None, None)[:2]
+        return CrossKernels(tall, wide, small, self.bias, padding)
+
     def among(self, active: Tensor, channels: int) -> "CrossKernels":
         """The same for ``channels`` of which they convolve the ``active`` ones, the others pass unchanged."""
 
@@ -77,6 +85,19 @@ class CrossKernels(NamedTuple):
         return total
 
 
+def _trim(kernel: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
+    """A kernel without zeros at its ends, as far as less padding makes up for them; one tap stays."""
+    sides: list[tuple[int, int]] = []
+    for axis, (before, after) in zip((2, 3), padding, strict=True):
+        taps = kernel.shape[axis]
+        live = kernel.transpose(0, axis).flatten(1).count_nonzero(1).nonzero().flatten().tolist()
+        first = min(live[0] if live else taps - 1, before)
+        last = max(live[-1] if live else first, taps - 1 - after)
+        kernel = kernel.narrow(axis, first, last + 1 - first)
+        sides.append((before - first, after - (taps - 1 - last)))
+    return kernel, (sides[0], sides[1])
+
+
 class CrossConv2d(nn.Module):
     """:class:`CrossKernels` as parameters: what a large-kernel convolution is once it is trained."""
 
@@ -92,6 +113,22 @@ class CrossConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels().apply(x)
+
+    @torch.no_grad()
+    def compact(self) -> dict[str, int]:
+        """Drop kernels that are zero in all channels, and zeros at the ends of the others; in place, exact.
+
+        Returns:
+            How many ``branches`` went, and how many ``taps`` in all, counted in each channel.
+        """
+        before, left = self.kernels(), self.kernels().trimmed()
+        dropped = len(before.padding) - len(left.padding)
+        taps = sum(kernel.numel() for kernel in before.kernels()) - sum(kernel.numel() for kernel in left.kernels())
+        if taps:
+            self.tall = nn.Parameter(left.tall.clone())
+            self.wide, self.small = (None if t is None else nn.Parameter(t.clone()) for t in left[1:3])
+            self.padding = left.padding
+        return {"branches": dropped, "taps": taps}
 
     @torch.no_grad()
     def absorb(self, scale: Tensor, shift: Tensor) -> None:

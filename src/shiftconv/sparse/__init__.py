@@ -9,6 +9,7 @@
 """
 
 from shiftconv.sparse.calibration import Calibration
+from shiftconv.sparse.compact import Compacted, compact
 from shiftconv.sparse.granularity import Granularity, groups
 from shiftconv.sparse.report import LayerSparsity, SparsityReport
 from shiftconv.sparse.rule import RULES, Evidence, Rule
@@ -18,6 +19,7 @@ from shiftconv.sparse.training import SparseTraining
 __all__ = [
     "RULES",
     "Calibration",
+    "Compacted",
     "Evidence",
     "Granularity",
     "LayerSparsity",
@@ -25,5 +27,6 @@ __all__ = [
     "Schedule",
     "SparseTraining",
     "SparsityReport",
+    "compact",
     "groups",
 ]
