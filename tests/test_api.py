@@ -36,8 +36,8 @@ NN = {
     "offset_parameters", "offset_penalty",
 }  # fmt: skip
 SPARSE = {
-    "RULES", "Calibration", "Compacted", "Evidence", "Granularity", "LayerSparsity", "Rule", "Schedule", "SparseTraining",
-    "SparsityReport", "compact", "groups",
+    "RULES", "Calibration", "Compacted", "Evidence", "Granularity", "LayerSparsity", "Rule", "Schedule",
+    "SparseTraining", "SparsityReport", "compact", "groups",
 }  # fmt: skip
 HEAVY = ["matplotlib", "sklearn", "tensorboard", "triton", "rich", "jsonargparse", "torch._dynamo", "torch._inductor"]
 

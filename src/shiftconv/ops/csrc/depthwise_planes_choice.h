@@ -31,16 +31,18 @@ int64_t pairs_in_strips(const Branch& k, const DepthwiseProblem& p) {
   return pairs;
 }
 
-// Shares of the taps that are not dead, judged by a few channels: for each by itself, and for all of them together.
+// Shares of the taps that are not dead, judged by the block of channels in the middle: for each channel by itself, and
+// for all of them together.
 template <class T>
 std::array<double, 2> live_shares(const DepthwiseProblem& p, const std::vector<const T*>& weight) {
-  constexpr int64_t samples = 4;
+  constexpr int64_t wide = lanes<Wide<T>>;
+  const int64_t first = p.channels / 2 / wide * wide, count = std::min(p.channels - first, wide);
   int64_t all = 0, alone = 0, together = 0;
   for (size_t b = 0; b < p.branches.size(); ++b) {
-    const int64_t kh = p.branches[b].kh, kw = p.branches[b].kw, count = std::min(p.channels, samples);
+    const int64_t kh = p.branches[b].kh, kw = p.branches[b].kw;
     std::vector<bool> live(kh * kw);
     for (int64_t i = 0; i < count; ++i) {
-      const T* const kernel = weight[b] + i * p.channels / count * kh * kw;
+      const T* const kernel = weight[b] + (first + i) * kh * kw;
       for (int64_t v = 0; v < kw; ++v)
         for (int64_t u = 0, zeros = 0; u < kh; ++u) {
           const bool zero = kernel[u * kw + v] == T(0);
@@ -75,7 +77,8 @@ bool lanes_are_channels(const DepthwiseProblem& p, const std::vector<const T*>& 
   if (!long_vectors) by_channels *= 1.3;
   if (p.h * p.w * vector_bytes > near_bytes) by_channels *= 1.4;
   const auto [alone, together] = live_shares(p, weight);
-  return by_channels * together <= by_columns * alone;
+  constexpr double rest = 0.6;  // of the time of columns that is not spent on taps: maps in and out, blocks begun
+  return by_channels * together <= by_columns * (alone + rest) / (1 + rest);
 }
 
 }  // namespace shiftconv
