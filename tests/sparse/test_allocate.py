@@ -217,6 +217,8 @@ def test_given_masks_are_taken_as_they_are():
     given = {g.name: torch.rand(g.shape, generator=torch.Generator().manual_seed(1)) < 0.4 for g in groups(model)}
     sparse = SparseTraining(model, sgd(model), 0.4, given, "static")
     assert all(torch.equal(given[name], mask) and given[name] is not mask for name, mask in sparse.masks.items())
+    assert sparse.density == sparse.report().density != 0.4  # theirs, whatever was asked for
+    sparse.detach()
     given = {name: mask.double() for name, mask in given.items()}
     again = SparseTraining(model, sgd(model), 0.4, given, "static")
     assert all(torch.equal(given[name] != 0, mask) for name, mask in again.masks.items())

@@ -82,7 +82,7 @@ def test_layers_are_selected_by_kind_or_by_a_predicate():
     assert depthwise == ["depthwise.weight"]
     with pytest.raises(ValueError, match="no weight is selected in Tiny"):
         groups(model, select=nn.BatchNorm2d)
-    with pytest.raises(ValueError, match="no chain of hidden units is selected in Linear"):
+    with pytest.raises(ValueError, match="no layer is selected whose outputs only one other layer reads"):
         groups(nn.Linear(3, 3), "hidden")
 
 

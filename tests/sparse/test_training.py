@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shiftconv.sparse import RULES, Calibration, Granularity, Rule, Schedule, SparseTraining, groups
-from shiftconv.sparse.rule import gradient, magnitude
+from shiftconv.sparse.rule import chance, gradient, magnitude
 
 from .cases import (
     ALWAYS,
@@ -697,12 +697,58 @@ def test_a_rule_that_misses_gradients_says_so_and_changes_nothing():
     with pytest.raises(RuntimeError, match=r"needs the gradient of stem\.weight"):
         sparse.update()
     assert _same(masks, sparse.masks) and _same(weights, model.state_dict()) and sparse.updates == 0
+    sparse.detach()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     averages = SparseTraining(model, plain, 0.5, rule="snfs", schedule=ALWAYS)
     masks = {n: m.clone() for n, m in averages.masks.items()}
     with pytest.raises(RuntimeError, match=r"needs an optimiser that averages gradients; of stem\.weight"):
         step(model, plain)
     assert _same(masks, averages.masks) and averages.updates == 0
+
+
+def test_masks_over_masks_are_refused():
+    """Two would meet in fewer weights than either tells."""
+    model = made()
+    first = SparseTraining(model, sgd(model), 0.5)
+    with pytest.raises(ValueError, match=r"stem\.weight has masks of another SparseTraining; detach"):
+        SparseTraining(model, sgd(model), 0.3, granularity="channel")
+    first.detach()
+    again = SparseTraining(model, sgd(model), 0.3)
+    del again, first  # as when a cell of a notebook runs once more
+    SparseTraining(model, sgd(model), 0.3)
+
+
+def test_masks_that_never_move_are_told():
+    model = made()
+    with pytest.warns(UserWarning, match="the masks never move: no update falls into 50 steps"):
+        SparseTraining(model, sgd(model), 0.5, schedule=Schedule(every_steps=100, steps=50))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Rule("magnitude", chance), TypeError, "must be functions of Evidence, got 'magnitude'"),
+        (lambda: Rule(magnitude, None), TypeError, "must be functions of Evidence"),
+        (lambda: groups(made(), select="conv1"), TypeError, "select must be types of modules or a function"),
+    ],
+)
+def test_what_is_no_function_is_told(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("score", [lambda of: of.weight.sum(), lambda of: 3.0])
+def test_scores_of_another_shape_are_told(score):
+    model = made()
+    sparse = SparseTraining(model, sgd(model), 0.5, rule=Rule(score, chance))
+    with pytest.raises(ValueError, match=r"a score of stem\.weight must be a tensor \[7, 3, 3, 3\]"):
+        sparse.update()
+
+
+def test_a_density_that_would_rise_is_refused():
+    schedule = Schedule(start_density=0.3, density_steps=(0, 5))
+    with pytest.raises(ValueError, match=r"the density falls, from start_density=0\.3 to 0\.5"):
+        SparseTraining(made(), sgd(made()), 0.5, schedule=schedule)
 
 
 def test_on_no_device():

@@ -37,6 +37,7 @@ _PATTERN = re.compile(r"(\d+):(\d+)")
 _CHUNKS = re.compile(r"kernel:(\d+)")
 # What torch's layers call their weights; layers derived from them have parameters of other kinds.
 _WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_CHOOSE = "choose layers that fit by groups(model, granularity, select=...), or sparse.layers of a recipe"
 _DENSE_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, _ConvNd)
 
 
@@ -121,8 +122,10 @@ def groups(
             if id(paths[0][1]) in selected
         ]
     if not found:
-        what = "chain of hidden units" if granularity.kind == "hidden" else "weight"
-        raise ValueError(f"no {what} is selected in {type(model).__name__}; sparse training needs at least one")
+        what = "weight is selected"
+        if granularity.kind == "hidden":
+            what = "layer is selected whose outputs only one other layer reads (try channel)"
+        raise ValueError(f"no {what} in {type(model).__name__}; sparse training needs at least one")
     return found
 
 
@@ -147,8 +150,10 @@ def _selected(model: nn.Module, select: Select | None) -> Iterator[nn.Module]:
         yield model
     elif isinstance(select, type | tuple):
         yield from (module for module in model.modules() if isinstance(module, select))
-    else:
+    elif callable(select):
         yield from (module for module in model.modules() if select(module))
+    else:
+        raise TypeError(f"select must be types of modules or a function of a module, got {type(select).__name__}")
 
 
 def _paths(model: nn.Module, share: bool) -> list[tuple[list[tuple[str, nn.Parameter]], nn.Module]]:
@@ -180,7 +185,7 @@ def _group(paths: list[tuple[str, nn.Parameter]], owner: nn.Module, granularity:
     chunk = granularity.chunk
     members = [Member(name, weight, axis, chunk, inputs_last) for name, weight in paths]
     if first.shape[axis] % chunk:
-        raise ValueError(f"{name} has {first.shape[axis]} outputs, which are no multiple of {chunk}")
+        raise ValueError(f"{name} has {first.shape[axis]} outputs, which are no multiple of {chunk}; {_CHOOSE}")
     seen = members[0].view(first)
     shape = seen.shape
     if granularity.kind == "kernel":
@@ -196,8 +201,7 @@ def _group(paths: list[tuple[str, nn.Parameter]], owner: nn.Module, granularity:
         fixed, row = granularity.pattern
         if shape[-1] % row and not (first.shape[1 - axis] == 1 and first[0].numel() % row == 0):
             raise ValueError(
-                f"{name} {[*first.shape]} has no multiple of {row} inputs, as the granularity {granularity} needs; "
-                "leave it out by select"
+                f"{name} {[*first.shape]} has no multiple of {row} inputs, as {granularity} needs; {_CHOOSE}"
             )
     return SparseGroup(name, members, torch.Size(shape), row, fixed, paths=len(paths) > 1)
 

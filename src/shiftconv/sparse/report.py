@@ -85,7 +85,7 @@ class SparsityReport:
         return "\n".join([*lines, f"{total} in {self.steps} steps{beyond}"])
 
     def plot(self, path: str | Path) -> Path:
-        """Draw density, exploration and churn of each layer into a PNG or SVG file.
+        """Draw density, exploration and churn of each layer into a PNG, SVG or PDF file.
 
         Raises:
             ImportError: matplotlib is missing; says what brings it.
@@ -107,7 +107,7 @@ class SparsityReport:
         for axis, (title, colour, values) in zip(axes, panels, strict=True):
             axis.barh([layer.name for layer in layers], values, color=colour, height=0.7)
             axis.set_title(title, fontsize=9, loc="left")
-            axis.set_xlim(0, 1)
+            axis.set_xlim(0, 1 if values is not panels[-1][2] else 1.1 * max(*values, 0.01))
             axis.margins(y=0.01)
             axis.tick_params(labelsize=7, length=0)
             axis.spines[["top", "right", "left"]].set_visible(False)

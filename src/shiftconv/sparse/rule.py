@@ -85,7 +85,7 @@ def momentum(of: Evidence) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """Who leaves and who comes back.
+    """Who leaves and who comes back; scores are tensors of the weight's shape, of which the larger ones stay or come.
 
     Args:
         prune: the active entries with the lowest scores leave; None: none ever does.
@@ -105,6 +105,8 @@ class Rule:
     dense_moments: bool = False
 
     def __post_init__(self) -> None:
+        if not callable(self.regrow) or not (self.prune is None or callable(self.prune)):
+            raise TypeError(f"prune and regrow must be functions of Evidence, got {self.prune!r} and {self.regrow!r}")
         if not 0 <= self.explore <= 1:
             raise ValueError(f"explore must be in [0, 1], got {self.explore!r}")
         if self.scope not in ("layer", "global"):

@@ -84,6 +84,14 @@ class Schedule:
             return random.Random(f"{self.seed} {step}").random() < 1 / self.every_steps
         return step % self.every_steps == 0
 
+    @property
+    def updates(self) -> int | None:
+        """How many updates there are, if that is known."""
+        if self.steps is None or self.timing == "random":
+            return None
+        last = max(int(self.stop_fraction * self.steps), self.warmup_steps)
+        return last // self.every_steps - self.warmup_steps // self.every_steps
+
     def fraction(self, step: int) -> float:
         """The share of the active entries that an update after this step exchanges."""
         if self.decay == "constant" or self.steps is None:

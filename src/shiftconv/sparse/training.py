@@ -7,8 +7,11 @@ arXiv:1911.11134 (RigL); Liu et al. 2021, arXiv:2102.02887 (in-time over-paramet
 # torch does not type everything it returns.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import gc
 import hashlib
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -34,6 +37,7 @@ from shiftconv.sparse.schedule import Schedule
 from shiftconv.sparse.update import exchange_all, score_all
 
 _ENOUGH = 32  # weights, that all of them being zero is no accident
+_TRAININGS: "weakref.WeakSet[SparseTraining]" = weakref.WeakSet()  # that are not detached
 
 
 class SparseTraining:
@@ -51,7 +55,8 @@ class SparseTraining:
         model: any model, on its device; also one in ``DistributedDataParallel`` or compiled.
         optimizer: any optimiser of torch's kind, timm's among them, that holds the model's parameters.
         density: the share of the entries that is active, in (0, 1]; of those that can matter, if ``calibration`` is
-            given: taps that no output can reach are never active, and do not count.
+            given: taps that no output can reach are never active, and do not count. Masks that are given, or zeros that
+            are there, have their own.
         allocate: how layers share the density and which entries come first: uniform, erk, snip, snip_layers, grasp,
             weights (what is not zero), or a dict of masks by the name of their group, as :attr:`masks`; see
             :mod:`shiftconv.sparse.allocate`.
@@ -59,12 +64,12 @@ class SparseTraining:
         granularity: what an entry of a mask is: weight, kernel, kernel:4, channel, hidden, 2:4, fan_in, or a
             :class:`Granularity`; or the groups themselves, from :func:`groups`, which can select layers.
         schedule: when masks change, and how much of them.
-        calibration: some data, for snip and grasp, and to find what can be reached.
+        calibration: some data, for snip and grasp, and to find what can be reached by inputs of its size.
 
     Raises:
         TypeError: for arguments of other kinds, or parameters in pieces (FSDP).
-        ValueError: for values that do not fit, no selected layer, or parameters that the optimiser does not have;
-            nothing has changed then.
+        ValueError: for values that do not fit, no selected layer, parameters that the optimiser does not have, or that
+            have masks already; nothing has changed then.
     """
 
     def __init__(
@@ -98,11 +103,20 @@ class SparseTraining:
             for group, before in zip(shared, reachable, strict=True):
                 group.reachable = before
             raise
+        if not isinstance(allocate, str) or allocate == "weights":
+            self.density = self.active / sum(group.capacity for group in self.groups)
+        _TRAININGS.add(self)
         self._loading = OnLoad(self._module, self._apply)
         self._apply()
         if not self.rule.dense_moments:
             clear(optimizer, self.groups, [group.mask for group in self.groups])
         self._handle = follow(optimizer, self._before_step, self._after_step)
+        if self.rule.prune is not None and self.schedule.updates == 0:
+            warnings.warn(f"the masks never move: no update falls into {self.schedule.steps} steps", stacklevel=2)
+
+    def __repr__(self) -> str:
+        entries = f"{self.active:,} of {sum(group.capacity for group in self.groups):,} entries"
+        return f"SparseTraining({len(self.groups)} masks, {entries}, {self.updates} updates in {self.steps} steps)"
 
     def _check_groups(self, shared: Sequence[SparseGroup]) -> None:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -111,6 +125,10 @@ class SparseTraining:
         names = [group.name for group in shared]
         if len({*names}) < len(names):
             raise ValueError(f"{max(names, key=names.count)} has more than one mask")
+        if taken := _masked(shared):
+            raise ValueError(f"{taken} has masks of another SparseTraining; detach() that one first")
+        if self.schedule.start_density is not None and self.schedule.start_density < self.density:
+            raise ValueError(f"the density falls, from start_density={self.schedule.start_density} to {self.density}")
         for member in (member for group in shared for member in group.members):
             if member.weight.is_meta:
                 raise ValueError(f"{member.name} is on the meta device: it has no numbers to mask")
@@ -181,6 +199,7 @@ class SparseTraining:
 
     def detach(self) -> None:
         """Stop following the optimiser; the weights stay as they are."""
+        _TRAININGS.discard(self)
         self._handle.remove()
         self._loading.remove()
 
@@ -347,6 +366,18 @@ class SparseTraining:
         text = f"{self.schedule.seed} {self.updates} {purpose}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
         return torch.Generator(device).manual_seed(seed)
+
+
+def _masked(groups: Sequence[SparseGroup]) -> str | None:
+    """The name of a weight that has masks already, if there is one."""
+
+    def find() -> str | None:
+        taken = {id(m.weight) for training in _TRAININGS for group in training.groups for m in group.members}
+        return next((m.name for group in groups for m in group.members if id(m.weight) in taken), None)
+
+    if find() is not None:
+        gc.collect()  # one that nobody has any more holds on to its optimiser, and that to it
+    return find()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

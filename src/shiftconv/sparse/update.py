@@ -17,7 +17,7 @@ Look = Callable[[Member], Evidence]
 
 def score_entries(group: SparseGroup, score: Score, look: Look) -> Tensor:
     """The mean score of the weights of each entry, ``[rows, row]``, in float32 or wider."""
-    parts = [member.sums(_wide(score(look(member))), len(group.shape)) for member in group.members]
+    parts = [member.sums(_score(score, look(member)), len(group.shape)) for member in group.members]
     return group.in_rows(torch.stack(parts).sum(0) * (group.size / group.weights))
 
 
@@ -108,5 +108,9 @@ def _ceil(fraction: float, count: Tensor) -> Tensor:
     return torch.ceil(fraction * count.double()).long()
 
 
-def _wide(score: Tensor) -> Tensor:
-    return score.to(torch.promote_types(score.dtype, torch.float32))
+def _score(score: Score, of: Evidence) -> Tensor:
+    found = score(of)
+    if not isinstance(found, Tensor) or found.shape != of.weight.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+        came = [*found.shape] if isinstance(found, Tensor) else type(found).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"a score of {of.name} must be a tensor {[*of.weight.shape]}, got {came}")
+    return found.to(torch.promote_types(found.dtype, torch.float32))
