@@ -98,6 +98,18 @@ def test_bad_settings_are_told(make, message):
         make()
 
 
+def test_every_recipe_can_be_sparse():
+    networks = {}
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        sparse = replace(recipe, sparse=replace(recipe.sparse, density=0.6, rule="rigl"))
+        assert Recipe.from_dict(sparse.to_dict()) == sparse
+        networks[recipe.model, str(recipe.model_args)] = recipe
+    for recipe in networks.values():
+        with torch.device("meta"):
+            assert groups(create_model(recipe.model, **recipe.model_args))
+
+
 @pytest.mark.parametrize("name", [name for name in recipes.names() if recipes.get(name).sparse.density < 1])
 def test_published_recipes_find_their_layers(name):
     recipe = recipes.get(name)
