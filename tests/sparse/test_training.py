@@ -446,10 +446,11 @@ def test_what_is_added_to_masked_gradients_is_masked_too():
     assert state_leaks(sparse, optimizer.state) == 0
 
 
-def test_a_closure_makes_gradients_late():
+@pytest.mark.parametrize("rule", ["static", "rigl"])
+def test_a_closure_makes_gradients_late(rule):
     model = made()
     optimizer = sgd(model)
-    sparse = SparseTraining(model, optimizer, 0.3, rule="static")
+    sparse = SparseTraining(model, optimizer, 0.3, rule=rule, schedule=ALWAYS)
 
     def closure():
         optimizer.zero_grad()
@@ -458,6 +459,7 @@ def test_a_closure_makes_gradients_late():
     for _ in range(2):
         optimizer.step(closure)
     assert sparse.steps == 2 and not leaks(sparse)
+    assert (sparse.report().explored > sparse.report().density) == (rule == "rigl")
     assert state_leaks(sparse, optimizer.state) == 0
 
 

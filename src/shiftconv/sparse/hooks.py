@@ -25,9 +25,12 @@ class Handle:
             end()
 
 
-def follow(optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> Handle:
-    """Call ``before`` and ``after`` around each step; ``before`` also each time that a closure has made gradients.
+def follow(
+    optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None], made: Callable[[], None]
+) -> Handle:
+    """Call ``before`` and ``after`` around each step, or in the place of ``before`` if the step has a closure ``made``.
 
+    It is called each time that the closure has made gradients.
     A step that a gradient scaler leaves to the optimiser to leave out, as it does with fused ones, is not followed.
     Optimisers that never ran the constructor of ``Optimizer``, as timm's Lookahead, have no hooks: their method is
     wrapped.
@@ -36,8 +39,12 @@ def follow(optimizer: Optimizer, before: Callable[[], None], after: Callable[[],
     def first(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if _is_left_out(optimizer):
             return None
-        before()
-        return _with_closure(args, kwargs, before)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            before()
+            return None
+        followed = _followed(closure, made)
+        return ((args[0], followed, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": followed})
 
     def last(*_: Any) -> None:
         if not _is_left_out(optimizer):
@@ -76,20 +83,13 @@ def _wrap(optimizer: Optimizer, first: Callable[..., Arguments | None], last: Ca
     return Handle(end)
 
 
-def _with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]) -> Arguments | None:
-    """The arguments of a step with a closure after which something happens; None if it has none."""
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        return None
-
+def _followed(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:
     def followed() -> Any:
         loss = closure()
         then()
         return loss
 
-    if len(args) > 1:
-        return (args[0], followed, *args[2:]), kwargs
-    return args, kwargs | {"closure": followed}
+    return followed
 
 
 def _is_left_out(optimizer: Optimizer) -> bool:

@@ -110,7 +110,7 @@ class SparseTraining:
         self._apply()
         if not self.rule.dense_moments:
             clear(optimizer, self.groups, [group.mask for group in self.groups])
-        self._handle = follow(optimizer, self._before_step, self._after_step)
+        self._handle = follow(optimizer, self._before_step, self._after_step, self.mask_gradients)
         if self.rule.prune is not None and self.schedule.updates == 0:
             warnings.warn(f"the masks never move: no update falls into {self.schedule.steps} steps", stacklevel=2)
 
