@@ -38,7 +38,10 @@ def _mistake(error: ArgumentError, parser: "ArgumentParser") -> str:
         return f"{key[1]} must be {kinds.replace('NoneType', 'null')}, got {key[2]}" if kinds else text
     if wrong := re.search(r"unrecognized arguments: --([^\s=]+)|[Oo]ption '([^']+)'", text):
         name = wrong[1] or wrong[2]
-        close = closest(name, options) or closest(name, {option.rpartition(".")[2]: option for option in options})
+        last = {option.rpartition(".")[2]: option for option in options}  # of short names more are alike by accident
+        close = closest(name, options)
+        if close is None and (end := closest(name, last, cutoff=0.7)):
+            close = last[end] if wrong[1] else end  # in a file it stands below its mapping
         hint = f"did you mean {close}?" if close else "an argument of the network goes as --model_args.NAME"
         return f"unknown option {name}; {hint}" if close or "model_args" in options else f"unknown option {name}"
     return text
