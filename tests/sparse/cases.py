@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from shiftconv.nn import LargeKernelConv2d, ShiftwiseConv2d
 from shiftconv.sparse import Calibration, Schedule, SparseTraining
 
-torch.set_num_threads(1)  # more cost more than they give here
-
 ALWAYS = Schedule(every_steps=1, stop_fraction=1.0)
 """An update after each step, all of the same size."""
 

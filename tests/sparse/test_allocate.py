@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shiftconv.sparse import Calibration, Schedule, SparseTraining, groups
-from shiftconv.sparse.allocate import NAMES, allocate, erk, needs_calibration, quotas, uniform
+from shiftconv.sparse.allocate import allocate, erk, quotas, uniform
 from shiftconv.sparse.calibration import Probe
 
 from .cases import Fours, calibration, made, sgd
@@ -225,8 +225,6 @@ def test_given_masks_are_taken_as_they_are():
 
 
 def test_names():
-    assert {name for name in NAMES if needs_calibration(name)} == {"snip", "snip_layers", "grasp"}
-    assert not needs_calibration({})
     for name in ("snip", "grasp"):
         with pytest.raises(ValueError, match=f"{name}' needs data"):
             first_masks(made(), 0.5, name)

@@ -15,8 +15,6 @@ from shiftconv.models.large_kernel_block import UNIREP, Block
 from shiftconv.nn import LargeKernelConv2d
 from shiftconv.sparse.chains import chains
 
-torch.set_num_threads(1)
-
 
 class Hidden(nn.Module):
     """Two layers with a function between."""

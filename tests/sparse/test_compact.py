@@ -14,7 +14,6 @@ from shiftconv.nn import LargeKernelConv2d, ShiftwiseConv2d
 from shiftconv.sparse.chains import chains
 from shiftconv.sparse.compact import Compacted, compact
 
-torch.set_num_threads(1)
 DEPTHS, DIMS, SIZES = (1, 1, 2, 1), (8, 16, 24, 32), (13, 11, 9, 7)
 NETWORKS = {
     "slak": lambda: slak.slak(DEPTHS, DIMS, SIZES, 3, width=1.0, layer_scale=0.5),

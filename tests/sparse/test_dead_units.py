@@ -12,7 +12,6 @@ from shiftconv.models.large_kernel_block import ResponseNorm
 from shiftconv.sparse.chains import chains
 from shiftconv.sparse.dead_units import drop_dead_units
 
-torch.set_num_threads(1)
 ROWS, COLUMNS = [1, 4], [2, 5]  # units, of eight, whose row, or column, is zero
 
 

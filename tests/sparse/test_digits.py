@@ -3,7 +3,6 @@
 The setting and its figures for all rules and eight seeds are those of ``benchmarks/sparse_digits.py``.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -13,15 +12,6 @@ from torch import nn
 from shiftconv.sparse import Schedule, SparseTraining
 
 EPOCHS, BATCH, DENSITY, SEEDS = 100, 64, 0.01, (0, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads cost more than they give on so small a network."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def accuracy(data, rule, seed):

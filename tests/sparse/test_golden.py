@@ -33,15 +33,6 @@ with np.load(GOLDEN / "sparse.npz") as arrays:
     ARRAYS = {name: arrays[name] for name in arrays.files}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads cost more than they give, and sums in another order give other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _generator(name):
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
 

@@ -5,16 +5,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from shiftconv import recipes
 from shiftconv.models import create_model
-from shiftconv.sparse import groups
+from shiftconv.sparse import RULES, groups, schedule
+from shiftconv.sparse.allocate import NAMES
 from shiftconv.train import checkpoint as ck
 from shiftconv.train.loop import train
-from shiftconv.train.recipe import Recipe, Sparsity
+from shiftconv.train.recipe import Allocation, Decay, Recipe, SparseRule, Sparsity
 from shiftconv.train.sparsity import is_selected
 
 from .test_kill import SCRIPT, numbers
@@ -96,6 +98,13 @@ def test_a_granularity_that_is_none_leaves_no_folder(sparse, tmp_path):
 def test_bad_settings_are_told(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_a_recipe_names_what_there_is():
+    """It has the names a second time, since a command line reads recipes before torch."""
+    assert set(get_args(SparseRule)) == set(RULES)
+    assert set(get_args(Allocation)) == set(NAMES) - {"weights"}
+    assert get_args(Decay) == get_args(schedule.Decay)
 
 
 def test_every_recipe_can_be_sparse():

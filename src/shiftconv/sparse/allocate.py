@@ -56,11 +56,6 @@ _SCORES = {"snip": snip_scores, "snip_layers": snip_scores, "grasp": grasp_score
 NAMES = (*_SHARES, *_SCORES, "weights")
 
 
-def needs_calibration(allocate: Allocation) -> bool:
-    """Whether an allocation looks at data."""
-    return isinstance(allocate, str) and allocate in _SCORES
-
-
 @torch.no_grad()
 def allocate(
     groups: Sequence[SparseGroup],

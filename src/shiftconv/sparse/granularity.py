@@ -3,7 +3,7 @@
 ==============  ========================================================================================================
 ``weight``      single weights
 ``kernel``      whole kernels, ``[O, I]`` of a weight ``[O, I, kh, kw]``
-``kernel:4``    the kernels of 4 neighbouring outputs together (``chunks``)
+``kernel:4``    the kernels of 4 neighbouring outputs together
 ``channel``     the weights and the bias of an output
 ``hidden``      an output of a layer with the input of the next one that alone reads it
 ``2:4``         single weights, exactly 2 of each 4 neighbouring inputs

@@ -101,7 +101,7 @@ class SparsityReport:
         panels = (
             ("density", "#0072b2", [layer.density for layer in layers]),
             ("explored", "#007a5a", [layer.explored for layer in layers]),
-            ("exchanged by the last update", "#c14f00", [layer.churn for layer in layers]),
+            ("churn", "#c14f00", [layer.churn for layer in layers]),
         )
         axes = figure.subplots(1, len(panels), sharey=True)
         for axis, (title, colour, values) in zip(axes, panels, strict=True):
