@@ -120,7 +120,7 @@ def test_count_of_a_checkpoint(run, tmp_path):
         ("train shiftresnet20_digits --optim.rl 1", "unknown option optim.rl; did you mean optim.lr?"),
         ("train shiftresnet20_digits --expansion 1", "an argument of the network goes as --model_args.NAME"),
         ("train shiftresnet20_digits --densty 0.5", "unknown option densty; did you mean sparse.density?"),
-        ("train shiftresnet20_digits --data.name digit", "folder, got digit; did you mean digits?"),
+        ("train shiftresnet20_digits --data.name digit", "unknown data set 'digit'; did you mean 'digits'?"),
         ("train shiftresnet20_digits --epochs x", "epochs must be int, got x"),
         ("train shiftresnet20_digits --clip_grad x", "clip_grad must be float or null, got x"),
         ("train shiftresnet20_digits --epochs 0", "epochs must be at least 1, got 0"),

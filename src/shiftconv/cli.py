@@ -112,13 +112,14 @@ def evaluate(
     from shiftconv.train.device import pick_device
     from shiftconv.train.evaluation import evaluate as run
     from shiftconv.train.progress import RichProgress
-    from shiftconv.train.recipe import Data, Recipe
+    from shiftconv.train.recipe import Recipe
+    from shiftconv.train.settings import Data
 
     picked = pick_device(device)
     run_of_ours = load(checkpoint) if read_checkpoint(checkpoint).meta["kind"] == "shiftconv" else None
     settings = Recipe.from_dict(run_of_ours.recipe).data if run_of_ours else None
     if data is not None and (settings is None or settings.name != data):
-        settings, run_of_ours = Data(name=data, folder=str(folder) if folder else None), None  # pyright: ignore[reportArgumentType]
+        settings, run_of_ours = Data(name=data, folder=str(folder) if folder else None), None
     if settings is None:
         names = "digits, cifar10, cifar100 or folder"
         raise ValueError(f"{checkpoint} does not say what it was trained on; name it: --data {names}")

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from shiftconv.train.loop import train
-from shiftconv.train.recipe import Data, Optim, Recipe
+from shiftconv.train.recipe import Recipe
+from shiftconv.train.settings import Data, Optim
 
 
 def make_pictures(folder: Path, classes=("cat", "dog"), count=8, size=16) -> Path:

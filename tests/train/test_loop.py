@@ -11,7 +11,7 @@ from shiftconv.train import checkpoint as ck
 from shiftconv.train import loop
 from shiftconv.train.events import Ended, EpochDone, Started, Step
 from shiftconv.train.loop import Diverged, Trainer, train
-from shiftconv.train.recipe import Optim
+from shiftconv.train.settings import Optim
 
 from .conftest import make_pictures
 

@@ -5,7 +5,7 @@ from torch import nn
 from shiftconv.models import create_model
 from shiftconv.recipes import get
 from shiftconv.train.optim import create_optimizer, create_scheduler
-from shiftconv.train.recipe import Optim
+from shiftconv.train.settings import Optim
 
 
 def rates(optim, epochs, updates_per_epoch):

@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 from jsonargparse import ArgumentParser
 
-from shiftconv.train.recipe import Data, Optim, Recipe, differences
+from shiftconv.train.recipe import Recipe, differences
+from shiftconv.train.settings import Data, Optim
 
 RECIPE = Recipe("shiftresnet20", {"expansion": 3}, optim=Optim(schedule="step", milestones=(81, 90)))
 
@@ -45,7 +46,6 @@ def test_goes_through_plain_values_and_back():
         (lambda: Data(name="folder"), "needs data.folder"),
         (lambda: Data(val_share=0.5), "data.val_share must be above 0 and below 0.5, got 0.5"),
         (lambda: Data(workers=-1), "data.workers must be at least 0, got -1"),
-        (lambda: Optim(name="sdg"), "unknown optimiser 'sdg'; did you mean 'sgd'"),
         (lambda: Optim(schedule="cosin"), "did you mean 'cosine'"),
         (lambda: Optim(lr=0.0), "optim.lr must be above 0, got 0.0"),
         (lambda: Optim(lr=float("nan")), "optim.lr must be above 0, got nan"),

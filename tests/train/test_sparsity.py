@@ -16,7 +16,8 @@ from shiftconv.sparse import RULES, groups, schedule
 from shiftconv.sparse.allocate import NAMES
 from shiftconv.train import checkpoint as ck
 from shiftconv.train.loop import train
-from shiftconv.train.recipe import Allocation, Decay, Recipe, SparseRule, Sparsity
+from shiftconv.train.recipe import Recipe
+from shiftconv.train.settings import Allocation, Decay, SparseRule, Sparsity
 from shiftconv.train.sparsity import is_selected
 
 from .test_kill import SCRIPT, numbers

@@ -18,7 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from shiftconv.train.recipe import Data, Optim, Recipe, Sparsity
+from shiftconv.train.recipe import Recipe
+from shiftconv.train.settings import Data, Optim, Sparsity
 
 Size = Literal["tiny", "small", "base"]
 _DROP_PATH: dict[Size, float] = {"tiny": 0.1, "small": 0.4, "base": 0.5}

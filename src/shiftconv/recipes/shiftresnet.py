@@ -21,7 +21,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from shiftconv.train.recipe import Data, Optim, Recipe
+from shiftconv.train.recipe import Recipe
+from shiftconv.train.settings import Data, Optim
 
 Family = Literal["resnet", "shiftresnet", "depthwiseresnet"]
 FAMILIES: tuple[Family, ...] = ("resnet", "shiftresnet", "depthwiseresnet")

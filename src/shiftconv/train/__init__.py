@@ -10,20 +10,23 @@ if TYPE_CHECKING:
     from shiftconv.train.evaluation import Metrics, evaluate
     from shiftconv.train.loop import Diverged, Result, train
     from shiftconv.train.progress import RichProgress
-    from shiftconv.train.recipe import Data, Optim, Recipe, Sparsity
+    from shiftconv.train.recipe import Recipe
+    from shiftconv.train.settings import Data, Distillation, Mix, Optim, Sparsity
 
 _HOME = {  # public name: the module that holds it
     "Checkpoint": "checkpoint",
     "CheckpointError": "checkpoint",
-    "Data": "recipe",
+    "Data": "settings",
     "DataSets": "data",
+    "Distillation": "settings",
     "Diverged": "loop",
     "Metrics": "evaluation",
-    "Optim": "recipe",
+    "Mix": "settings",
+    "Optim": "settings",
     "Recipe": "recipe",
     "Result": "loop",
     "RichProgress": "progress",
-    "Sparsity": "recipe",
+    "Sparsity": "settings",
     "evaluate": "evaluation",
     "open_data": "data",
     "pick_device": "device",
@@ -35,8 +38,10 @@ __all__ = [
     "CheckpointError",
     "Data",
     "DataSets",
+    "Distillation",
     "Diverged",
     "Metrics",
+    "Mix",
     "Optim",
     "Recipe",
     "Result",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shiftconv.nn import offset_parameters
-from shiftconv.train.recipe import Optim
+from shiftconv.train.settings import Optim
 
 
 def create_optimizer(model: nn.Module, optim: Optim) -> Optimizer:

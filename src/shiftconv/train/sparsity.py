@@ -6,7 +6,8 @@ from torch.optim import Optimizer
 from shiftconv.nn import DilatedReparamConv2d, LargeKernelConv2d, ShiftwiseConv2d
 from shiftconv.sparse import Calibration, Schedule, SparseTraining, groups
 from shiftconv.train.data.loader import Batch, to_device
-from shiftconv.train.recipe import Layers, Recipe, Sparsity
+from shiftconv.train.recipe import Recipe
+from shiftconv.train.settings import Layers, Sparsity
 
 _LARGE_KERNELS = (LargeKernelConv2d, ShiftwiseConv2d, DilatedReparamConv2d)
 

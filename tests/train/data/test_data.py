@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from shiftconv.train.data import cifar, names, open_data
-from shiftconv.train.recipe import Data
+from shiftconv.train.settings import Data
 
 
 def digest(images):

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from shiftconv.train.data import folders, open_data
-from shiftconv.train.recipe import Data
+from shiftconv.train.settings import Data
 
 from ..conftest import make_pictures
 

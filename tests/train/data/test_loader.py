@@ -4,7 +4,7 @@ import torch
 from shiftconv.train.data import open_data
 from shiftconv.train.data.images import Augment, MemoryImages
 from shiftconv.train.data.loader import Loader
-from shiftconv.train.recipe import Data
+from shiftconv.train.settings import Data
 
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -10,7 +10,7 @@ from shiftconv.names import unknown
 from shiftconv.train.data import cifar, digits, folders
 from shiftconv.train.data.images import Augment, Images, MemoryImages, Normalisation
 from shiftconv.train.data.loader import Loader
-from shiftconv.train.recipe import Data, DataName
+from shiftconv.train.settings import OWN_DATA, Data
 
 Split = Literal["train", "val", "test"]
 
@@ -79,7 +79,7 @@ class DataSets:
 
 def names() -> list[str]:
     """The names that ``open_data`` knows."""
-    return list(get_args(DataName))
+    return list(OWN_DATA)
 
 
 def open_data(data: Data | str, folder: str | Path | None = None) -> DataSets:
@@ -95,7 +95,7 @@ def open_data(data: Data | str, folder: str | Path | None = None) -> DataSets:
         ModuleNotFoundError: if digits are asked for without scikit-learn.
     """
     if isinstance(data, str):
-        data = Data(name=cast(DataName, data), folder=None if folder is None else str(folder))  # Data checks the name
+        data = Data(name=data, folder=None if folder is None else str(folder))
     elif folder is not None:
         data = replace(data, folder=str(folder))
     if data.name == "folder":
