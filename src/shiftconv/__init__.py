@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shiftconv._version import __version__
 
 if TYPE_CHECKING:
-    from shiftconv import analysis, models, nn, ops, recipes, sparse, train
+    from shiftconv import analysis, distill, models, nn, ops, recipes, sparse, train
     from shiftconv.analysis import count, erf, throughput
     from shiftconv.deploy import export
     from shiftconv.models import create_model, list_models
@@ -31,10 +31,10 @@ _HOME = {  # public name: the module that holds it
     "save_for_hub": "models.hub",
     "export": "deploy",
 }
-_ROOMS = ("analysis", "models", "nn", "ops", "recipes", "sparse", "train")
+_ROOMS = ("analysis", "distill", "models", "nn", "ops", "recipes", "sparse", "train")
 
 __all__ = [  # noqa: RUF022  sorted by kind
-    "analysis", "models", "nn", "ops", "recipes", "sparse", "train",
+    "analysis", "distill", "models", "nn", "ops", "recipes", "sparse", "train",
     "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "push_to_hub",
     "save_for_hub", "throughput",
     "__version__",

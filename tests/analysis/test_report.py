@@ -54,7 +54,7 @@ def full_report() -> Report:
         HOSTILE,
         table,
         Pictures([Picture(HOSTILE, picture(), picture("dark")), Picture("plain", picture())], HOSTILE),
-        Facts({HOSTILE: HOSTILE}),
+        Facts({HOSTILE: HOSTILE}, HOSTILE),
         Commands({HOSTILE: HOSTILE}),
     ]
     return Report(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE)], [Section(HOSTILE, blocks)], HOSTILE)
@@ -64,7 +64,7 @@ def test_everything_is_shown_as_text_and_nothing_is_markup():
     page = Outline(render(full_report()))
     names = [tag for tag, _ in page.tags]
     assert "script" not in names
-    assert page.text.count(HOSTILE) == 16
+    assert page.text.count(HOSTILE) == 17
     assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"] == [HOSTILE, "plain"]
     assert [names.count(tag) for tag in ("html", "main", "header", "footer", "h1", "h2", "table")] == [1] * 7
 
@@ -86,6 +86,27 @@ def test_dark_pages_get_dark_pictures_and_places_are_reserved():
     images = [attrs for tag, attrs in tags if tag == "img"]
     assert source["srcset"] != images[0]["src"]
     assert all(int(image["width"]) == 784 and int(image["height"]) == 544 for image in images)
+
+
+def test_columns_may_carry_the_colours_of_their_series():
+    table = Table(("", "a", "b"), [("x", "1", "2")], coloured_columns=True)
+    page = Outline(render(Report("Title", "Lead", sections=[Section("S", [table])])))
+    marks = [attrs.get("class") for tag, attrs in page.tags if tag == "th"]
+    assert marks == [None, "series-0", "series-1", None]
+    assert [attrs["class"] for tag, attrs in page.tags if tag == "table"] == ["across"]
+
+
+def test_a_folded_table_shows_its_caption_only():
+    table = Table(("a", "b"), [("x", "1")], HOSTILE, folded=True)
+    page = Outline(render(Report("Title", "Lead", sections=[Section("S", [table])])))
+    names = [tag for tag, _ in page.tags]
+    assert names[names.index("details") : names.index("table")] == ["details", "summary", "div"]
+    assert page.text.count(HOSTILE) == 1
+
+
+def test_what_is_no_unicode_is_written_as_a_question_mark(tmp_path):
+    path = write_report(Report("a\udcffb", "Lead"), tmp_path / "report.html")
+    assert "<h1>a?b</h1>" in path.read_text(encoding="utf-8")
 
 
 def test_a_page_may_be_almost_empty():
@@ -143,6 +164,57 @@ def test_labels_at_the_ends_of_lines_stay_apart_and_inside():
     assert max(placed) <= 0.96
     assert placed[0] - placed[1] == pytest.approx(0.13)
     assert draw.apart([], 0.1) == []
+    assert draw.apart([1.0, 0.99, 0.1], 0.13) == pytest.approx([0.96, 0.83, 0.1]), "only those that are in the way move"
+
+
+def test_a_line_has_its_colour_in_every_picture():
+    (axes,) = draw.curves([draw.Panel("Loss", [draw.Series("b", [1, 2], [2, 1])])], names=["a", "b"]).axes
+    assert axes.lines[0].get_color() == draw.THEMES["light"].series[1]
+
+
+def test_lines_are_named_as_they_are_and_crowded_ones_shortly():
+    few = [draw.Series("$\\frac$ \u6570", [1], [2], note="note")]
+    many = [draw.Series(f"{i} a name that is much too long {i}", [1], [i]) for i in range(4)]
+    figure = draw.curves([draw.Panel("$x^$", few, along="layer", dots=True)])
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["$\\frac$ \u6570\nnote"]
+    assert axes.get_xlabel() == "layer"
+    draw.png(figure)
+    (axes,) = draw.curves([draw.Panel("Loss", many)]).axes
+    assert axes.texts[3].get_text() == "3 3 a name t\u2026oo long 3"
+
+
+def linear(colour: str) -> torch.Tensor:
+    """The colour in linear light, by the definition of sRGB."""
+    value = torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=torch.float64) / 255
+    return torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light: torch.Tensor) -> torch.Tensor:
+    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).double()
+    xyz = to_xyz @ light.clamp(0, 1) / torch.tensor([0.9505, 1, 1.089])
+    x, y, z = torch.where(xyz > 0.008856, xyz.pow(1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+VISION = {  # Machado et al. 2009, severity 1
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("mode", draw.THEMES)
+def test_eight_colours_are_told_apart_and_stand_out_with_every_kind_of_colour_vision(mode):
+    theme = draw.THEMES[mode]
+    assert len(theme.series) == 8
+    for matrix in VISION.values():
+        seen = torch.stack([lab(torch.tensor(matrix).double() @ linear(colour)) for colour in theme.series])
+        assert torch.pdist(seen).min() > 10
+    bright = torch.stack([torch.tensor([0.2126, 0.7152, 0.0722]).double() @ linear(c) for c in theme.series]) + 0.05
+    paper = float(torch.tensor([0.2126, 0.7152, 0.0722]).double() @ linear(theme.paper)) + 0.05
+    assert torch.maximum(bright / paper, paper / bright).min() > 3, "WCAG 2.1, 1.4.11"
 
 
 def test_curves_survive_what_training_may_give():

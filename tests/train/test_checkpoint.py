@@ -108,6 +108,13 @@ def test_missing(tmp_path):
         ({"metrics": {"history": [], "best_epoch": 1}}, "its epoch is 2, its history has 0 rows"),
         ({"metrics": {"history": [{}, {}], "best_epoch": 3}}, "its best epoch is 3"),
         ({"metrics": {"history": [{"epoch": 1}, {}], "best_epoch": 1}}, "row 1 of its history is"),
+        ({"step": -1}, "its epoch is 2, its step -1"),
+        ({"step": True}, "step must be a int, got bool"),
+        ({"ranks": 0}, "its processes are 0"),
+        ({"ema": 3}, "ema must be a dict, got int"),
+        ({"epoch": 0, "metrics": {"history": [], "best_epoch": 0}}, "its epoch is 0, its step 0"),
+        ({"epoch": 0, "step": 3, "metrics": {"history": [], "best_epoch": 1}}, "its best epoch is 1"),
+        ({"step": 3, "metrics": {"history": [{}, {}], "best_epoch": 0}}, "its best epoch is 0"),
         ({"recipe": {"epochs": 3}}, "the recipe has no 'model'"),
         ({"recipe": {"model": "net", "epoch": 3}}, "unknown recipe setting 'epoch'"),
         ({"data": {"class_names": 3}}, "data.class_names must be a list"),
@@ -117,3 +124,46 @@ def test_whole_but_senseless(checkpoint, tmp_path, change, message):
     save(replace(checkpoint, **change), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=rf"a.pt is no whole checkpoint: .*{message}"):
         load(tmp_path / "a.pt")
+
+
+def test_within_the_first_epoch(checkpoint, tmp_path):
+    metrics = {"history": [], "best_epoch": 0}
+    parts = dict(ema={"w": torch.ones(2)}, task={"p": torch.ones(3)}, meter={"loss": torch.tensor(2.0), "seen": 7})
+    save(replace(checkpoint, epoch=0, step=5, metrics=metrics, ranks=4, **parts), tmp_path / "a.pt")
+    there = load(tmp_path / "a.pt")
+    assert there.age == (0, 5) and there.ranks == 4 and there.meter == parts["meter"]
+    assert torch.equal(there.ema["w"], torch.ones(2)) and torch.equal(there.task["p"], torch.ones(3))
+
+
+def test_files_of_before_have_no_steps(checkpoint, tmp_path):
+    new = ("step", "ema", "task", "meter", "ranks")
+    values = {key: value for key, value in vars(checkpoint).items() if key not in new}
+    torch.save({"format": "shiftconv.checkpoint", "version": 1, **values}, tmp_path / "a.pt")
+    there = load(tmp_path / "a.pt")
+    assert same(there, checkpoint) and there.age == (2, 0) and (there.ema, there.ranks) == ({}, 1)
+
+
+def test_checksums_are_there_whatever_torch_is_set_to(checkpoint, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(checkpoint, tmp_path / "a.pt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(load(tmp_path / "a.pt"), checkpoint)
+
+
+def test_an_error_that_is_not_the_disks_leaves_the_old_file(checkpoint, tmp_path):
+    save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(Exception, match="pickle"):
+        save(replace(checkpoint, scheduler={"f": lambda: 0}), tmp_path / "a.pt")
+    assert same(load(tmp_path / "a.pt"), checkpoint) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_damage_is_told_from_an_error_that_is_being_handled(checkpoint, tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        try:
+            load(tmp_path / "b.pt")
+        except FileNotFoundError:
+            load(tmp_path / "a.pt")

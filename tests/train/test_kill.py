@@ -13,14 +13,16 @@ from shiftconv.train.loop import train
 
 # Run in a process of its own, which kills itself like a power cut would.
 SCRIPT = """
-import json, os, signal, sys
+import json, os, signal, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from shiftconv import files
-from shiftconv.train.loop import Trainer, train
+from shiftconv.train.loop import train
 from shiftconv.train.recipe import Recipe
+from shiftconv.train.trainer import Trainer
 
 recipe, out, moment, threads = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 torch.set_num_threads(threads)
@@ -34,44 +36,40 @@ class Torn:
     def __init__(self, file):
         self.file = file
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
     def write(self, content):
         self.file.write(content[: len(content) // 2])
         self.file.flush()
         die()
 
 
-update, write, replace = Trainer._update, files.write, Path.replace
+update, replacing, copy, replace = Trainer._update, files.replacing, files.copy, Path.replace
 updates = written = 0
 
 
-def count_updates(self, loss):
+def count_updates(self):
     global updates
-    update(self, loss)
+    update(self)
     updates += 1
-    if updates == 5:  # of three per epoch
-        die()
+    while updates == 5:  # of three per epoch; the first epoch's checkpoint is written in the background
+        if Path(out, "best.pt").exists():
+            die()
+        time.sleep(0.01)
 
 
-def tear_second(path, content, keep=None):
+@contextmanager
+def tear_second(path, keep=None):
     global written
     written += path.name == "last.pt"
-    if path.name == "last.pt" and written == 2:
-        files.os = type("os", (), {**vars(os), "fdopen": lambda *arguments: Torn(os.fdopen(*arguments))})
-    write(path, content, keep)
+    with replacing(path, keep) as file:
+        yield Torn(file) if path.name == "last.pt" and written == 2 else file
 
 
-def die_after_the_second_best(path, content, keep=None):
+def die_before_the_second_best(source, path):
     global written
-    write(path, content, keep)
-    written += path.name == "best.pt"
+    written += 1
     if written == 2:
         die()
+    copy(source, path)
 
 
 def die_between_renames(self, target):
@@ -84,9 +82,9 @@ def die_between_renames(self, target):
 if moment == "epoch":
     Trainer._update = count_updates
 elif moment == "write":
-    files.write = tear_second
+    files.replacing = tear_second
 elif moment == "best":
-    files.write = die_after_the_second_best
+    files.copy = die_before_the_second_best
 elif moment == "renames":
     Path.replace = die_between_renames
 train(Recipe.from_dict(recipe), out, device="cpu")

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from shiftconv.train import checkpoint as ck
-from shiftconv.train import loop
 from shiftconv.train.events import Ended, EpochDone, Started, Step
-from shiftconv.train.loop import Diverged, Trainer, train
+from shiftconv.train.loop import train
 from shiftconv.train.settings import Optim
+from shiftconv.train.trainer import Diverged, Trainer
 
 from .conftest import make_pictures
 
@@ -54,12 +54,12 @@ def test_learns_and_tells(whole):
 
 def test_folder(whole):
     result, _ = whole
-    names = ["best.pt", "config.yaml", "last.pt", "metrics.jsonl", "previous.pt", "result.json"]
+    names = ["best.pt", "config.yaml", "environment.json", "last.pt", "metrics.jsonl", "previous.pt", "result.json"]
     assert sorted(path.name for path in result.folder.iterdir()) == names
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == result.history
-    names = "epoch step train_loss train_accuracy val_loss val_accuracy lr images_per_second seconds"
-    assert list(rows[0]) == names.split()
+    names = "epoch step train_loss train_accuracy train_top5 val_loss val_accuracy val_top5 lr"
+    assert list(rows[0]) == [*names.split(), "images_per_second", "seconds"]
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]
     assert json.loads((result.folder / "result.json").read_text())["test"]["top1"] == result.test.top1
 
@@ -122,7 +122,8 @@ def test_tensorboard(recipe, tmp_path):
     result = train(replace(recipe, epochs=2, tensorboard=True), tmp_path / "run", device="cpu")
     curves = EventAccumulator(str(result.folder / "tensorboard")).Reload()
     assert set(curves.Tags()["scalars"]) == {
-        "loss/train", "loss/val", "accuracy/train", "accuracy/val", "run/lr", "run/images_per_second", "run/seconds"
+        "loss/train", "loss/val", "accuracy/train", "accuracy/val", "top5/train", "top5/val",
+        "run/lr", "run/images_per_second", "run/seconds"
     }  # fmt: skip
     assert [event.step for event in curves.Scalars("loss/val")] == [1, 2]
 
@@ -130,8 +131,8 @@ def test_tensorboard(recipe, tmp_path):
 def test_divergence_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
     genuine = Trainer._update
 
-    def poison(self, loss):
-        genuine(self, loss)
+    def poison(self):
+        genuine(self)
         if self.finished == 1:
             next(self.model.parameters()).data.fill_(float("nan"))
 
@@ -179,7 +180,7 @@ def test_corrupt_image_keeps_the_checkpoint(recipe, tmp_path):
             for path in folder.rglob("*.png"):
                 path.write_bytes(b"spoilt")
 
-    with pytest.raises(ValueError, match=r"cannot read the image .*png"):
+    with pytest.raises(ValueError, match=r"not one image of a micro-batch can be read: .*png"):
         train(recipe, tmp_path / "run", device="cpu", progress=spoil)
     assert ck.load(tmp_path / "run" / "last.pt").epoch == 1
 
@@ -239,6 +240,6 @@ def test_the_best_epoch_is_that_of_the_file(whole, recipe, tmp_path, monkeypatch
     result, _ = whole
     shutil.copytree(result.folder, tmp_path / "run")
     shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "run" / "best.pt")
-    monkeypatch.setattr(loop, "_rank", lambda row: 0)  # as if the last epoch came out worse when it is run again
+    monkeypatch.setattr(Trainer, "rank", lambda self, row: 0)  # as if the last epoch came out worse again
     again = train(recipe, tmp_path / "run", resume=tmp_path / "run" / "previous.pt", device="cpu")
     assert again.best_epoch == ck.load(again.checkpoint).epoch == 3

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import torch
 from shiftconv.train import checkpoint as ck
 from shiftconv.train import lock
 from shiftconv.train.checkpoint import Checkpoint, CheckpointError
-from shiftconv.train.run import RunFolder, read_config
+from shiftconv.train.run import RunFolder, read_config, resume_target
 
 
 def row(epoch):
@@ -31,7 +32,7 @@ def begin(path, recipe, resume=None):
     return folder, start
 
 
-def after(recipe, epoch, best_epoch=None):
+def after(recipe, epoch, best_epoch=None, step=0):
     best_epoch = best_epoch or epoch
     return Checkpoint(
         model_name="net",
@@ -41,6 +42,7 @@ def after(recipe, epoch, best_epoch=None):
         scheduler={},
         scaler={},
         epoch=epoch,
+        step=step,
         metrics={"history": [row(e + 1) for e in range(epoch)], "best_epoch": best_epoch},
         recipe=recipe.to_dict(),
     )
@@ -86,6 +88,7 @@ def test_auto_takes_the_newest(run, recipe):
 def test_resumed_last_becomes_the_previous(run, recipe):
     folder, _ = reopen(run, recipe)
     folder.save(after(recipe, 4), is_best=False)
+    folder.wait()
     assert [ck.load(path).epoch for path in (run.last, run.previous)] == [4, 3]
 
 
@@ -96,6 +99,7 @@ def test_damaged_last_falls_back_and_the_previous_survives(run, recipe):
     assert "last.pt is damaged" in folder.notes[0]
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == [row(1), row(2)]
     folder.save(after(recipe, 3), is_best=False)
+    folder.wait()
     assert [ck.load(path).epoch for path in (run.last, run.previous)] == [3, 2]
 
 
@@ -119,8 +123,17 @@ def test_all_damaged(run, recipe):
     assert run.last.exists()
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_lost_best_may_be_the_previous_one(run, recipe, lost):
+    run.best.unlink() if lost else damage(run.best)
+    folder, start = reopen(run, recipe)
+    assert folder.restore_best(start) == 2 and len(folder.notes) == (not lost)
+    assert ck.load(run.best).epoch == 2
+
+
 def test_lost_best(run, recipe):
     damage(run.best)
+    damage(run.previous)
     folder, start = reopen(run, recipe)
     assert folder.restore_best(start) == 3
     assert "the best weights, of epoch 2, are lost; those of epoch 3 are kept" in folder.notes[-1]
@@ -157,6 +170,9 @@ def test_a_run_without_a_checkpoint_leaves_nothing(tmp_path, recipe):
     with begin(tmp_path / "runs" / "new", recipe)[0] as folder:
         folder.tensorboard.mkdir()
         (folder.tensorboard / "events").touch()
+        folder.write_environment({"torch": "2"})
+        folder.loggers.touch()
+        folder.bad_images.touch()
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
@@ -194,14 +210,21 @@ def test_killed_between_best_and_last(run, recipe):
     assert [ck.load(path).epoch for path in (run.last, run.previous, run.best)] == [4, 3, 4]
 
 
-def test_unreadable_last_is_not_damaged(run, recipe, monkeypatch):
-    def broken(path):
-        if path == run.last:
-            raise OSError(errno.EIO, "Input/output error")
-        return genuine(path)
+@pytest.mark.parametrize("reads", [0, 1, 5, 20])
+def test_unreadable_last_is_not_damaged(run, recipe, monkeypatch, reads):
+    class Broken(io.FileIO):
+        def __init__(self, path):
+            super().__init__(path)
+            self.reads = 0
 
-    genuine = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", broken)
+        def read(self, *size):
+            self.reads += 1
+            if self.reads > reads:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(*size)
+
+    genuine = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a: Broken(path) if path == run.last else genuine(path, *a))
     with pytest.raises(OSError, match=r"cannot read .*last.pt: Input/output error") as caught:
         RunFolder(run.path).open(recipe, "auto")
     assert not isinstance(caught.value, CheckpointError)
@@ -279,7 +302,100 @@ def test_nothing_to_resume(tmp_path, recipe):
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_config(run, recipe):
+def test_damaged_config_is_written_anew(run, recipe):
     run.config.write_text("model: [")
-    with pytest.raises(ValueError, match=r"config.yaml holds no recipe"):
-        reopen(run, recipe)
+    folder, _ = reopen(run, recipe)
+    assert "config.yaml holds no recipe" in folder.notes[0] and folder.notes[0].endswith("; it is written anew")
+    assert read_config(run.config) == recipe
+
+
+def test_newest_counts_updates_too(run, recipe):
+    with begin(run.path, recipe, "auto")[0] as folder:
+        folder.save(after(recipe, 3, best_epoch=2, step=5), is_best=False)
+        folder.save(after(recipe, 3, best_epoch=2, step=9), is_best=False)
+    assert reopen(run, recipe)[1].age == (3, 9)
+    damage(run.last)
+    assert reopen(run, recipe)[1].age == (3, 5)
+    damage(run.last)
+    damage(run.previous)
+    assert reopen(run, recipe)[1].age == (2, 0)
+
+
+def test_within_the_first_epoch_nothing_is_best(tmp_path, recipe):
+    with begin(tmp_path / "run", recipe)[0] as run:
+        run.save(after(recipe, 0, step=4), is_best=False)
+    folder, start = reopen(run, recipe)
+    assert start.age == (0, 4) and folder.restore_best(start) == 0
+    assert not run.best.exists() and run.metrics.read_text() == ""
+
+
+def test_best_that_is_lost_within_an_epoch(run, recipe):
+    with begin(run.path, recipe, "auto")[0] as folder:
+        folder.save(after(recipe, 3, best_epoch=3, step=5), is_best=False)
+    run.best.unlink()
+    folder, start = reopen(run, recipe)
+    assert folder.restore_best(start) == 3 and ck.load(run.best).age == (3, 0) and not folder.notes
+    run.best.unlink()
+    run.previous.unlink()
+    assert folder.restore_best(start) == 3 and ck.load(run.best).age == (3, 5)
+    assert "of epoch 3, are lost; those of epoch 3 and 5 updates are kept" in folder.notes[-1]
+
+
+def test_environment_of_each_start(tmp_path, recipe):
+    def starts(folder):
+        return json.loads(folder.environment.read_text())
+
+    (tmp_path / "environment.json").write_text("[1]")  # of a run that came to nothing
+    with begin(tmp_path, recipe)[0] as folder:
+        folder.write_environment({"torch": "2.11"})
+        folder.save(after(recipe, 1), is_best=True)
+    assert starts(folder) == [{"torch": "2.11"}]
+    with begin(tmp_path, recipe, "auto")[0] as folder:
+        folder.write_environment({"torch": "2.14"})
+    assert starts(folder) == [{"torch": "2.11"}, {"torch": "2.14"}]
+    folder.environment.write_text("[{")
+    with begin(tmp_path, recipe, "auto")[0] as folder:
+        folder.write_environment({"torch": "3"})
+    assert starts(folder) == [{"torch": "3"}] and "environment.json is damaged and begun anew" in folder.notes[0]
+
+
+def test_holds(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (run.path, run.last, Path("run"), Path("run/best.pt")):
+        assert run.holds(path)
+    assert not run.holds(tmp_path) and not run.holds(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("what", ["", "last.pt", "best.pt"])
+@pytest.mark.parametrize("config", ["whole", "damaged", "lost"])
+def test_resume_target(run, recipe, what, config):
+    if config == "damaged":
+        run.config.write_text("model: [")
+    elif config == "lost":
+        run.config.unlink()
+        damage(run.last)
+    before = sorted(run.path.iterdir())
+    assert resume_target(run.path / what) == (recipe, run.path)
+    assert sorted(run.path.iterdir()) == before
+
+
+def test_resume_target_of_a_run_that_was_killed_before_its_first_checkpoint(tmp_path, recipe):
+    folder, _ = begin(tmp_path / "run", recipe)
+    assert resume_target(folder.path) == (recipe, folder.path)
+    folder.close()
+
+
+def test_nothing_is_the_target(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere; resume takes a run's folder or a checkpoint"):
+        resume_target(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no run: there is no checkpoint, and no recipe: .*config.yaml"):
+        resume_target(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"metrics.jsonl is no run's checkpoint \(last.pt, previous.pt or best.pt"
+    ):
+        resume_target(run.metrics)
+    run.config.unlink()
+    for path in run.checkpoints:
+        damage(path)
+    with pytest.raises(CheckpointError, match=r"last.pt is damaged"):
+        resume_target(run.path)

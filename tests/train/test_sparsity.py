@@ -127,8 +127,10 @@ def test_published_recipes_find_their_layers(name):
         model = create_model(recipe.model, **recipe.model_args)
     masks = groups(model, recipe.sparse.granularity, lambda module: is_selected(module, recipe.sparse.layers))
     kernels = recipe.model.startswith("shiftwise")
-    assert recipe.sparse.density == (0.7 if kernels else 0.6)
-    assert all(len(group.members) == (2 if kernels else 1) for group in masks)
+    assert recipe.sparse.density == (0.8 if name.endswith("density80") else 0.7 if kernels else 0.6)
+    paths = recipe.model_args.get("num_paths", 2 if kernels else 1)
+    assert {len(group.members) for group in masks} == ({paths} if kernels else {1, paths})
     blocks = sum(map(len, (stage.blocks for stage in model.stages)))
-    # both paths of each block; or three kernels and two matrices, four convolutions and the classifier
-    assert len(masks) == (blocks if kernels else 5 * blocks + 5)
+    # all paths of each block; or its kernels and matrices (five, of slak_weighted four), four convolutions and the head
+    each = 4 if recipe.model.startswith("slak_weighted") else 5
+    assert len(masks) == (blocks if kernels else each * blocks + 5)

@@ -1,13 +1,15 @@
 """The pictures of a report, light or dark, drawn with matplotlib without touching its global state.
 
-Colours are Okabe and Ito's (2008), told apart with every kind of colour vision; series carry their name at the line's
-end, so that no legend has to be matched.
+The first four colours are Okabe and Ito's (2008); the others were chosen so that any two are 10 apart in CIELAB with
+every kind of colour vision, as Machado et al. (2009) simulate it. Series carry their name at the line's end, so that no
+legend has to be matched. Names are drawn as they are, without TeX.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,9 +37,11 @@ class Theme:
     series: tuple[str, ...]
 
 
+_ON_LIGHT = ("#0072b2", "#c14f00", "#007a5a", "#9c4f80", "#1a1a5e", "#8f3fff", "#5c1010", "#808080")
+_ON_DARK = ("#56b4e9", "#e69f00", "#2fc79a", "#d98fbb", "#7d6bf0", "#f0475f", "#ffffa6", "#b8fff4")
 THEMES = {
-    "light": Theme("#ffffff", "#1b1f24", "#57606a", "#d8dee4", ("#0072b2", "#c14f00", "#007a5a", "#9c4f80")),
-    "dark": Theme("#161b22", "#e6edf3", "#9aa4af", "#30363d", ("#56b4e9", "#e69f00", "#2fc79a", "#d98fbb")),
+    "light": Theme("#ffffff", "#1b1f24", "#57606a", "#d8dee4", _ON_LIGHT),
+    "dark": Theme("#161b22", "#e6edf3", "#9aa4af", "#30363d", _ON_DARK),
 }
 Mode = Literal["light", "dark"]
 FLOOR = 1e-3  # of the strongest pixel: what the receptive field's picture still shows
@@ -45,23 +49,32 @@ FLOOR = 1e-3  # of the strongest pixel: what the receptive field's picture still
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a panel: ``values`` over ``epochs``; a line that is not ``solid`` is a companion without label."""
+    """One line of a panel: ``values`` over ``epochs``; a line that is not ``solid`` is a companion without label.
+
+    The label is the name and the last number, or ``note`` in its place.
+    """
 
     name: str
     epochs: Sequence[float]
     values: Sequence[float]
     solid: bool = True
+    note: str | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over epochs; lines of the same name have the same colour. ``unit`` follows the labels' numbers."""
+    """Lines over epochs, or what ``along`` says; lines of the same name have the same colour.
+
+    ``unit`` follows the labels' numbers; ``dots`` marks each value, where those between two values mean nothing.
+    """
 
     title: str
     series: Sequence[Series]
     log: bool = False
     floor: float | None = None
     unit: str = ""
+    along: str = "epoch"
+    dots: bool = False
 
 
 def figure(width: float, height: float, theme: Theme) -> Figure:
@@ -79,7 +92,9 @@ def figure(width: float, height: float, theme: Theme) -> Figure:
 def png(fig: Figure) -> bytes:
     """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", facecolor=fig.get_facecolor())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of names; they get boxes
+        fig.savefig(buffer, format="png", facecolor=fig.get_facecolor())
     return buffer.getvalue()
 
 
@@ -101,16 +116,24 @@ def save(fig: Figure, path: str | Path) -> Path:
     return path
 
 
-def curves(panels: Sequence[Panel], mode: Mode = "light") -> Figure:
-    """Panels side by side; each line is labelled at its end with its name and its last number."""
+def curves(panels: Sequence[Panel], mode: Mode = "light", names: Sequence[str] = ()) -> Figure:
+    """Panels side by side; each line is labelled at its end with its name and its last number.
+
+    Args:
+        panels: what to draw.
+        mode: of the page.
+        names: these have the first colours, in this order; so a line has one colour in all pictures of a page.
+    """
     theme = THEMES[mode]
     fig = figure(4.9 * len(panels), 3.4, theme)
-    names = list(dict.fromkeys(line.name for panel in panels for line in panel.series))
+    names = list(dict.fromkeys([*names, *(line.name for panel in panels for line in panel.series)]))
     colours = {name: theme.series[i % len(theme.series)] for i, name in enumerate(names)}
     for i, panel in enumerate(panels):
         axes = _axes(fig, (1, len(panels), i + 1), theme)
-        axes.set_title(panel.title, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=10)
-        axes.set_xlabel("epoch", color=theme.muted, fontsize=9)
+        axes.set_title(
+            panel.title, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=10, parse_math=False
+        )
+        axes.set_xlabel(panel.along, color=theme.muted, fontsize=9)
         axes.xaxis.set_major_locator(_whole_numbers())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if panel.log and any(value > 0 for line in panel.series for value in line.values):
@@ -120,6 +143,8 @@ def curves(panels: Sequence[Panel], mode: Mode = "light") -> Figure:
             values = [value if value > 0 or not panel.log else math.nan for value in line.values]
             style: dict[str, Any] = dict(lw=2.0) if line.solid else dict(lw=1.2, ls=(0, (1.5, 1.5)), alpha=0.9)
             axes.plot(line.epochs, values, color=colours[line.name], solid_capstyle="round", **style)
+            if panel.dots:
+                axes.plot(line.epochs, values, "o", color=colours[line.name], ms=3.5)
             if line.solid:  # also shows a line of one epoch
                 axes.plot(line.epochs[-1:], values[-1:], "o", color=colours[line.name], ms=4.5, clip_on=False)
         if panel.floor is not None:
@@ -222,11 +247,11 @@ def _end_labels(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     scale = math.log10 if axes.get_yscale() == "log" else float
     ends = [line.values[-1] if math.isfinite(line.values[-1]) else low for line in lines]
     heights = [(scale(min(max(end, low), high)) - scale(low)) / (scale(high) - scale(low)) for end in ends]
-    for i, y in zip(range(len(lines)), apart(heights, 0.13), strict=True):
-        line = lines[i]
-        text = f"{line.name}\n{line.values[-1]:.3g}{panel.unit}"
+    crowded = len(lines) > 3
+    for line, y in zip(lines, apart(heights, 0.085 if crowded else 0.13), strict=True):
+        note = f"{line.values[-1]:.3g}{panel.unit}" if line.note is None else line.note
         axes.annotate(
-            text,
+            f"{note} {_short(line.name)}" if crowded else f"{_short(line.name)}\n{note}",
             (1.0, y),
             xycoords="axes fraction",
             xytext=(6, 0),
@@ -236,17 +261,27 @@ def _end_labels(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
             fontweight="bold",
             va="center",
             linespacing=1.1,
+            parse_math=False,
         )
     axes.margins(x=0)
 
 
+def _short(name: str, most: int = 20) -> str:
+    """The name, or its start and its end, which tell runs of one family apart."""
+    return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[1 - most // 2 :]}"
+
+
 def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, 0..1, moved as little as it takes to be ``gap`` apart and at most 0.96."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = list(heights)
     for below, above in pairwise(order):
         placed[above] = max(placed[above], placed[below] + gap)
-    excess = max([0.0, *(y - 0.96 for y in placed)])
-    return [y - excess for y in placed]
+    ceiling = 0.96
+    for i in reversed(order):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    return placed
 
 
 def _stack_filters(fig: Any, weights: Mapping[str, Tensor], theme: Theme) -> None:
@@ -313,7 +348,7 @@ def _draw_fields(fig: Any, fields: Mapping[str, ERF], thresholds: Sequence[float
             label = f"{threshold:.0%} in {square.side} x {square.side}"
             text = axes.text(left, top - height / 60, label, color="white", fontsize=9, fontweight="bold", va="bottom")
             text.set_path_effects([Stroke(linewidth=2.5, foreground="#20242a"), Normal()])
-        axes.set_title(name, loc="left", color=theme.ink, fontsize=11, fontweight="bold")
+        axes.set_title(_short(name, 34), loc="left", color=theme.ink, fontsize=11, fontweight="bold", parse_math=False)
         axes.set_xlabel(f"{width} x {height} pixels, {field.images} images", color=theme.muted, fontsize=9)
         _bare(axes, None)
     if picture is None:

@@ -44,12 +44,16 @@ class Table:
         rows: as many cells each as there are columns.
         caption: what the numbers are, and how they were measured.
         coloured: mark the rows with the colours that their series have in the curves.
+        coloured_columns: mark the columns after the first one so, and let their cells wrap.
+        folded: show the caption only, until the reader opens the table.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     coloured: bool = False
+    coloured_columns: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Facts:
     """Names and values, such as the environment's."""
 
     items: Mapping[str, str]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def write_report(report: Report, path: str | Path) -> Path:
         FileNotFoundError: if the folder does not exist.
     """
     path = Path(path)
-    files.write(path, render(report).encode())
+    files.write(path, render(report).encode(errors="replace"))  # names of files may hold what is no Unicode
     return path
 
 
@@ -150,7 +155,8 @@ def _block(block: Block) -> str:
             return f'<figure>\n<div class="pictures">\n{pictures}\n</div>\n{caption}</figure>'
         case Facts():
             facts = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in block.items.items())
-            return f'<dl class="facts">{"".join(facts)}</dl>'
+            caption = f"<figcaption>{escape(block.caption)}</figcaption>" if block.caption else ""
+            return f'<figure><dl class="facts">{"".join(facts)}</dl>{caption}</figure>'
         case Commands():
             steps = (
                 f"<dt>{escape(what)}</dt><dd><pre><code>{escape(command)}</code></pre></dd>"
@@ -164,18 +170,29 @@ def _table(table: Table) -> str:
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(f"a row must have {len(table.columns)} cells, one per column, got {len(row)}: {list(row)}")
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    first, *others = table.columns
+    marks = [_mark(i) if table.coloured_columns else "" for i in range(len(others))]
+    head = f'<th scope="col">{escape(first)}</th>' + "".join(
+        f'<th scope="col"{mark}>{escape(column)}</th>' for mark, column in zip(marks, others, strict=True)
+    )
     lines = []
     for i, (name, *cells) in enumerate(table.rows):
-        mark = f' class="series-{i % len(THEMES["light"].series)}"' if table.coloured else ""
+        mark = _mark(i) if table.coloured else ""
         numbers = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row"{mark}>{escape(name)}</th>{numbers}</tr>')
     # The box scrolls by itself where the page is narrow, and takes the focus so that a keyboard can scroll it.
     label = escape(table.caption or " ".join(table.columns))
     caption = f"<figcaption>{escape(table.caption)}</figcaption>" if table.caption else ""
-    body = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
+    kind = ' class="across"' if table.coloured_columns else ""
+    body = f"<table{kind}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
     box = f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">\n{body}\n</div>'
+    if table.folded:
+        return f"<details>\n<summary>{label}</summary>\n{box}\n</details>"
     return f"<figure>\n{box}\n{caption}</figure>"
+
+
+def _mark(i: int) -> str:
+    return f' class="series-{i % len(THEMES["light"].series)}"'
 
 
 def _picture(picture: Picture) -> str:
@@ -236,7 +253,7 @@ padding:1.25rem 0;border-block:1px solid var(--faint)}
 .headline dt{color:var(--muted);font-size:.875rem;line-height:1.4}
 figure{margin-bottom:1.25rem}
 figcaption{margin-top:.75rem;max-width:42rem;color:var(--muted);font-size:.875rem;line-height:1.5}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1.25rem;align-items:start}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr));gap:1.5rem;align-items:start}
 img{display:block;width:100%;height:auto}
 .scroll{overflow-x:auto}
 .scroll:focus-visible{outline:2px solid var(--series-0);outline-offset:4px}
@@ -247,7 +264,17 @@ th:last-child,td:last-child{padding-right:0}
 thead th{color:var(--muted);font-size:.8125rem;font-weight:500;vertical-align:bottom}
 tbody th{font-weight:600}
 tbody tr:last-child>*{border-bottom:0}
-tbody th[class]::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.6em;border-radius:50%}
+th[class]::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.6em;border-radius:50%}
+.across{width:auto;min-width:100%}
+.across th,.across td{vertical-align:top}
+.across thead th{max-width:14rem;white-space:normal;overflow-wrap:break-word;color:var(--ink);
+font-size:.875rem;font-weight:600;vertical-align:bottom}
+.across td{min-width:6.5rem;max-width:14rem;white-space:normal;overflow-wrap:break-word}
+.across tbody th{color:var(--muted);font-size:.875rem;font-weight:500}
+.across th:first-child{position:sticky;left:0;min-width:0;max-width:9rem;padding-right:1rem;background:var(--paper);
+white-space:normal}
+details{margin-bottom:1.25rem}
+summary{margin-bottom:.5rem;color:var(--muted);font-size:.875rem;cursor:pointer}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.5rem;font-size:.9375rem}
 .facts dt{color:var(--muted)}
 .facts dd{overflow-wrap:anywhere}

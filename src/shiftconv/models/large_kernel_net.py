@@ -6,6 +6,7 @@
 Sources: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545; Ding et al., "UniRepLKNet", arXiv:2311.15599.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Unpack
 
@@ -206,17 +207,44 @@ class LargeKernelNet(Trunk):
             self.feature_norms = self.feature_norms and self.feature_norms[: last + 1]
         return wanted
 
-    def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = (
-            r"^stages\.(\d+)"
-            if coarse
-            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        )
-        return dict(stem=r"^stem", blocks=blocks)
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """How timm groups parameters for layer-wise learning rates: as ConvNeXt's fine-tuning, or ``coarse`` by stages.
+
+        Three blocks of the third stage, the long one, are one group; its downsampling goes with the first three. The
+        coarse groups are the stages, and stem with all downsampling the first.
+        """
+        return _stage_group if coarse else _block_group
 
     def no_weight_decay(self) -> set[str]:
         """The parameters without weight decay whatever a recipe says: the coefficients of placed kernels."""
         return {name for name, _ in self.named_parameters() if name.endswith("_coefficient")}
+
+
+_LAST_STAGE = 1e6  # after every block of the third stage, before the head
+
+
+def _stage_group(name: str) -> float:
+    match name.split("."):
+        case ["stages", stage, "blocks", *_]:
+            return int(stage) + 1
+        case ["stem", *_] | ["stages", *_]:
+            return 0
+        case _:
+            return math.inf
+
+
+def _block_group(name: str) -> float:
+    match name.split("."):
+        case ["stem", *_]:
+            return 0
+        case ["stages", "2", "blocks", block, *_]:
+            return 3 + int(block) // 3
+        case ["stages", "3", *_]:
+            return _LAST_STAGE
+        case ["stages", stage, *_]:
+            return int(stage) + 1
+        case _:
+            return math.inf
 
 
 def _patch(in_chs: int, chs: int) -> nn.Sequential:

@@ -90,7 +90,7 @@ class Trunk(nn.Module):
         """Whether the backward pass keeps the inputs of the blocks only, and computes the rest again: less memory."""
         self.grad_checkpointing = enable
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str] | Callable[[str], float]:
         """The patterns by which timm groups parameters for layer-wise learning rates; the rest goes with the head."""
         return dict(stem=r"^conv1|^bn1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 

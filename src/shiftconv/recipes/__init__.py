@@ -1,15 +1,20 @@
 """Recipes: one function per published run, each returning a frozen ``Recipe``. A variant is a ``dataclasses.replace``.
 
-A recipe's name is its function's name. Imports no torch.
+Each module names its runs and the figures that they are published with; docs/recipes.md says what differs from the
+originals. Imports no torch.
 """
 
 from collections.abc import Callable
 
 from shiftconv.names import unknown
-from shiftconv.recipes import imagenet, shiftresnet
+from shiftconv.recipes import digits, distillation, learned_shifts, shiftresnet, shiftwise, slak
 from shiftconv.train.recipe import Recipe
 
-_RECIPES: dict[str, Callable[[], Recipe]] = {**shiftresnet.RECIPES, **imagenet.RECIPES}
+_RECIPES: dict[str, Callable[[], Recipe]] = {
+    name: recipe
+    for module in (shiftresnet, digits, slak, shiftwise, distillation, learned_shifts)
+    for name, recipe in module.RECIPES.items()
+}
 
 
 def names() -> list[str]:

@@ -235,7 +235,7 @@ def _result(name: str, process: subprocess.Popen[str], folder: Path) -> Result:
         raise RuntimeError(f"training {name} failed: {reason}")
     values = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    val, test = Metrics(**values["val"]), Metrics(**values["test"])
+    val, test = Metrics.from_dict(values["val"]), Metrics.from_dict(values["test"])
     return Result(folder, folder / "best.pt", values["best_epoch"], val, test, history)
 
 

@@ -1,78 +1,55 @@
-"""SLaK and ShiftwiseConv on ImageNet-1k, trained sparse as their authors train them.
+"""What the ImageNet recipes of SLaK, ConvNeXt, ShiftwiseConv and their students share: ConvNeXt's training.
 
-The command of each run, and the top-1 its authors report (all *paper*)::
-
-    shiftconv train slak_tiny_300ep --data.folder /path/to/imagenet          # 82.5
-    shiftconv train slak_tiny_120ep --data.folder /path/to/imagenet          # 81.6
-    shiftconv train slak_small_300ep --data.folder /path/to/imagenet         # 83.8
-    shiftconv train slak_base_300ep --data.folder /path/to/imagenet          # 84.0
-    shiftconv train shiftwise_tiny_300ep --data.folder /path/to/imagenet     # 83.39
-
-The folder holds ``train/`` and ``val/``. ``--sparse.density 1`` trains any of them dense, ``--sparse.rule rigl`` by
-another rule. Sources: Liu et al., "More ConvNets in the 2020s", ICLR 2023, arXiv:2207.03620; Li et al.,
-"ShiftwiseConv", CVPR 2025, arXiv:2401.12736; the commands in their READMEs.
+Source: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545, section 2.1; the defaults of ``main.py`` of SLaK, which
+ShiftwiseConv took over.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Literal
+from typing import Any
 
 from shiftconv.train.recipe import Recipe
-from shiftconv.train.settings import Data, Optim, Sparsity
+from shiftconv.train.settings import Data, Mix, Optim
 
-Size = Literal["tiny", "small", "base"]
-_DROP_PATH: dict[Size, float] = {"tiny": 0.1, "small": 0.4, "base": 0.5}
+FOLDER = "data/imagenet"
+"""Where the images are unless ``--data.folder`` says otherwise."""
 
 
-def slak(size: Size, epochs: int = 300) -> Recipe:
-    """60 % of all weights are active; SNIP on the first images says how many in each layer, chance which.
+def imagenet(model: str, model_args: dict[str, Any], epochs: int, micro_batch_size: int) -> Recipe:
+    """AdamW along a cosine, RandAugment, mixup and CutMix, erased rectangles, smoothed labels, an average of weights.
 
-    SLaK-T moves half of them every 2000 updates, at first, the larger ones 30 % every 100.
+    Args:
+        model: name of the network.
+        model_args: its arguments.
+        epochs: how often every image is seen.
+        micro_batch_size: what one GPU of the authors computes at a time, of 4096 images per update.
     """
-    often = Sparsity(
-        density=0.6,
-        rule="set",
-        allocate="snip_layers",
-        prune_fraction=0.3,
-        final_fraction=0.005,
-        every_steps=100,
-        stop_fraction=1.0,
-    )
     return Recipe(
-        model=f"slak_{size}",
-        model_args={"drop_path_rate": _DROP_PATH[size]},
-        data=Data(name="folder", folder="data/imagenet", image_size=224),
+        model=model,
+        model_args=model_args,
+        data=Data(
+            name="folder",
+            folder=FOLDER,
+            image_size=224,
+            crop_share=0.875,
+            interpolation="bicubic",
+            color_jitter=0.4,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            erase_prob=0.25,
+            erase_mode="pixel",
+        ),
         epochs=epochs,
         batch_size=4096,
-        optim=Optim("adamw", lr=4e-3, weight_decay=0.05, decay_norms=False, min_lr=1e-6, warmup_epochs=20),
-        sparse=replace(often, prune_fraction=0.5, every_steps=2000) if size == "tiny" else often,
-        label_smoothing=0.1,
-    )
-
-
-def shiftwise(size: Size) -> Recipe:
-    """70 % of the small kernels are active, whole ones, and paths share their choice at every 131st update."""
-    recipe = slak(size)
-    return replace(
-        recipe,
-        model=f"shiftwise_{size}",
-        model_args={"drop_path_rate": 0.2 if size == "tiny" else 0.4},
-        optim=replace(recipe.optim, warmup_epochs=5),
-        sparse=replace(
-            recipe.sparse,
-            density=0.7,
-            granularity="kernel",
-            layers="large_kernels",
-            prune_fraction=0.3,
-            every_steps=100,
-            share_every=131,
+        micro_batch_size=micro_batch_size,
+        optim=Optim(
+            "adamw",
+            lr=4e-3,
+            eps=1e-8,
+            weight_decay=0.05,
+            decay_norms=False,
+            schedule="cosine",
+            min_lr=1e-6,
+            warmup_epochs=20,
         ),
+        label_smoothing=0.1,
+        mix=Mix(mixup=0.8, cutmix=1.0, prob=1.0, switch_prob=0.5, mode="batch"),
+        ema_decay=0.9999,
     )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    **{f"slak_{size}_300ep": partial(slak, size) for size in _DROP_PATH},
-    "slak_tiny_120ep": partial(slak, "tiny", 120),
-    **{f"shiftwise_{size}_300ep": partial(shiftwise, size) for size in _DROP_PATH},
-}

@@ -7,11 +7,14 @@ if TYPE_CHECKING:
     from shiftconv.train.checkpoint import Checkpoint, CheckpointError
     from shiftconv.train.data import DataSets, open_data
     from shiftconv.train.device import pick_device
+    from shiftconv.train.endings import Stopped
     from shiftconv.train.evaluation import Metrics, evaluate
-    from shiftconv.train.loop import Diverged, Result, train
+    from shiftconv.train.loop import Result, train
     from shiftconv.train.progress import RichProgress
     from shiftconv.train.recipe import Recipe
     from shiftconv.train.settings import Data, Distillation, Mix, Optim, Sparsity
+    from shiftconv.train.task import Task
+    from shiftconv.train.trainer import Diverged
 
 _HOME = {  # public name: the module that holds it
     "Checkpoint": "checkpoint",
@@ -19,12 +22,14 @@ _HOME = {  # public name: the module that holds it
     "Data": "settings",
     "DataSets": "data",
     "Distillation": "settings",
-    "Diverged": "loop",
+    "Diverged": "trainer",
     "Metrics": "evaluation",
     "Mix": "settings",
     "Optim": "settings",
     "Recipe": "recipe",
     "Result": "loop",
+    "Stopped": "endings",
+    "Task": "task",
     "RichProgress": "progress",
     "Sparsity": "settings",
     "evaluate": "evaluation",
@@ -47,6 +52,8 @@ __all__ = [
     "Result",
     "RichProgress",
     "Sparsity",
+    "Stopped",
+    "Task",
     "evaluate",
     "open_data",
     "pick_device",

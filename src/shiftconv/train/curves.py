@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from shiftconv.train.loggers import tagged
+
 
 class Curves:
     """Writes into ``folder``; what a killed run wrote after ``finished`` epochs is hidden."""
@@ -13,11 +15,8 @@ class Curves:
         self._writer = SummaryWriter(str(folder), purge_step=finished + 1)
 
     def add(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                part, _, what = name.partition("_")
-                tag = f"{what}/{part}" if part in ("train", "val") else f"run/{name}"
-                self._writer.add_scalar(tag, value, row["epoch"])
+        for tag, value in tagged(row).items():
+            self._writer.add_scalar(tag, value, row["epoch"])
         self._writer.flush()
 
     def close(self) -> None:

@@ -3,8 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -36,9 +39,30 @@ def check_amp(amp: str, device: torch.device) -> None:
         raise ValueError(f"amp 'fp16' needs a CUDA device, got {device}; use 'bf16' or 'none'")
 
 
-def autocast(amp: str, device: torch.device) -> torch.autocast:
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "none")
+@dataclass(frozen=True)
+class Compute:
+    """Where and how exactly a network computes.
+
+    Attributes:
+        device: of the network.
+        amp: none, bf16 or fp16.
+        channels_last: memory format of images.
+    """
+
+    device: torch.device
+    amp: str = "none"
+    channels_last: bool = False
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp != "none")
+
+    def move(self, values: Any) -> Any:
+        """Tensors, also those in lists and dicts, on the device; images ``[B, C, H, W]`` in the memory format."""
+        if isinstance(values, torch.Tensor):
+            layout = torch.channels_last if self.channels_last and values.ndim == 4 else torch.contiguous_format
+            return values.to(self.device, non_blocking=True, memory_format=layout)
+        return tree_map(lambda value: self.move(value) if isinstance(value, torch.Tensor) else value, values)
 
 
 @contextmanager

@@ -1,40 +1,40 @@
 """The one loop: a recipe goes in, a folder with the trained network comes out.
 
-All that is random follows from the recipe's seed and the epoch's number, so a run that was killed and resumed gives the
-very numbers of an uninterrupted one: on a CPU with as many threads, and on a GPU with ``deterministic``.
+All that is random follows from the recipe's seed, the epoch's number and the update's, so a run that was stopped or
+killed and resumed gives the very numbers of an uninterrupted one: on a CPU with as many threads, and on a GPU with
+``deterministic``. Several processes share each update, and give the numbers of one up to rounding.
 """
 
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from shiftconv import files
-from shiftconv.train.checkpoint import Checkpoint, CheckpointError
+from shiftconv.train.checkpoint import Checkpoint
 from shiftconv.train.checkpoint import load as load_checkpoint
 from shiftconv.train.curves import Curves
-from shiftconv.train.data import DataSets, Split, open_data
-from shiftconv.train.data.loader import to_device
-from shiftconv.train.device import autocast, check_amp, determinism, pick_device
-from shiftconv.train.evaluation import Meter, Metrics, evaluate
-from shiftconv.train.events import Ended, EpochDone, Note, Progress, Started, Step, silent
-from shiftconv.train.network import create_network, model_args, try_network
-from shiftconv.train.optim import create_optimizer, create_scheduler
+from shiftconv.train.data import DataSets, open_data
+from shiftconv.train.device import Compute, check_amp, determinism, pick_device
+from shiftconv.train.endings import Stopped
+from shiftconv.train.environment import environment
+from shiftconv.train.evaluation import Metrics
+from shiftconv.train.events import Ended, EpochDone, Note, Progress, Started, silent
+from shiftconv.train.loggers import open_loggers
+from shiftconv.train.parallel import first_does
+from shiftconv.train.ranks import Ranks, StopRequest, barrier, environment_ranks, joined, own_device, sum_over
 from shiftconv.train.recipe import Recipe
-from shiftconv.train.run import RunFolder
+from shiftconv.train.run import AUTO, RunFolder
 from shiftconv.train.seed import Stream, derive, seeded
-from shiftconv.train.sparsity import create_sparse
+from shiftconv.train.trainer import MakeTask, Trainer
 
-
-class Diverged(RuntimeError):
-    """The loss is no finite number any more. The last good checkpoint is untouched."""
+_LOOK_EVERY = 50  # updates between two looks at the clock, which several processes must agree upon
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Result:
 
     Attributes:
         folder: the run's folder.
-        checkpoint: the best network's file, by validation accuracy.
+        checkpoint: the best network's file, by validation score.
         best_epoch: when it was best, counted from 1.
+        averaged: whether the averaged weights in that file are meant, and measured here.
         val: how good it is on the validation images.
         test: how good it is on the test images, which chose nothing; none where there are none.
         history: the rows of metrics.jsonl.
@@ -56,9 +57,11 @@ class Result:
     val: Metrics
     test: Metrics | None
     history: list[dict[str, Any]]
+    averaged: bool = False
 
     def __str__(self) -> str:
-        lines = [f"best epoch {self.best_epoch} of {len(self.history)}: {self.checkpoint}", f"val   {self.val}"]
+        lines = [f"best epoch {self.best_epoch}" + (" (averaged weights)" * self.averaged) + f"  {self.checkpoint}"]
+        lines.append(f"val   {self.val}")
         return "\n".join(lines + ([f"test  {self.test}"] if self.test else []))
 
 
@@ -68,16 +71,23 @@ def train(
     resume: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    data: DataSets | None = None,
+    make_task: MakeTask | None = None,
 ) -> Result:
     """Train a network, keep the last and the best checkpoint, and test the best one.
+
+    Started by torchrun or srun it is one of several processes that train together; the first one keeps the folder.
 
     Args:
         recipe: what to do.
         out: the run's folder; see ``RunFolder`` for what it holds.
         resume: none: a new run in a folder without one; ``auto``: go on from the newest good checkpoint in the folder,
-            or start; a path: go on from that checkpoint or that run's folder.
+            or start; a path: go on from that checkpoint or that run's folder. What torchrun or Slurm starts anew goes
+            on anyway.
         device: cpu, cuda, cuda:1 ...; none: a GPU if there is one.
         progress: told what goes on; see ``shiftconv.train.events``.
+        data: images that are no data set by name; none: those of ``recipe.data``.
+        make_task: from the recipe and its network to another task than classification.
 
     Raises:
         ValueError: for a recipe, a device, data or a checkpoint that cannot be used.
@@ -85,24 +95,22 @@ def train(
         FileExistsError: if the folder holds a run and ``resume`` is none or names another one.
         BlockingIOError: if another process is at the run in the folder.
         Diverged: if the loss is no finite number any more.
+        Stopped: if a signal asked for it.
+        LostRank: if another process of the run is gone.
+        OSError: if the last state could not be written.
     """
     tell, error = progress or silent, None
     try:
-        picked = pick_device(device)
-        check_amp(recipe.amp, picked)
-        with RunFolder(Path(out)) as folder:
-            start = folder.open(recipe, resume)
-            data = open_data(recipe.data)
-            with determinism(recipe.deterministic), seeded(derive(recipe.seed, Stream.WEIGHTS), picked):
-                trainer = Trainer(recipe, data, picked, tell, resumes=start is not None)
-                if start is not None:
-                    trainer.restore(start, folder.source)
-                folder.begin(recipe, start)
-                if start is not None:
-                    trainer.best_epoch = folder.restore_best(start)
-                for text in folder.notes:
-                    tell(Note(text))
-                return _run(trainer, folder, tell)
+        ranks = environment_ranks()
+        tell = tell if ranks.first else silent
+        compute = Compute(own_device(pick_device(device), ranks), recipe.amp, recipe.channels_last)
+        check_amp(recipe.amp, compute.device)
+        with ExitStack() as stack:
+            ranks = stack.enter_context(joined(compute.device))
+            stop = stack.enter_context(StopRequest())
+            folder = stack.enter_context(RunFolder(Path(out))) if ranks.first else None
+            run = _Run(recipe, compute, ranks, folder, stop, tell)
+            return run.go(AUTO if ranks.restarts and resume is None else resume, data, make_task)
     except BaseException as caught:
         error = caught
         raise
@@ -110,210 +118,178 @@ def train(
         tell(Ended(error))
 
 
-class Trainer:
-    """Network, optimiser and schedule of a run, and what has come of them so far."""
+class _Run:
+    """One start of a run. Of several processes only the first one has the folder; the others follow it."""
 
     def __init__(
-        self, recipe: Recipe, data: DataSets, device: torch.device, progress: Progress, resumes: bool = False
+        self,
+        recipe: Recipe,
+        compute: Compute,
+        ranks: Ranks,
+        folder: RunFolder | None,
+        stop: StopRequest,
+        tell: Progress,
     ) -> None:
-        self.recipe, self.data, self.device, self.progress = recipe, data, device, progress
-        self.model_args = model_args(recipe, data.num_classes)
-        self.model = create_network(recipe, self.model_args).to(device)
-        if recipe.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        try_network(self.model, recipe, data.image_size, data.num_classes, device)
-        self.net: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # pyright: ignore
-        self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self.optimizer = create_optimizer(self.model, recipe.optim)
-        self.loader = data.loader("train", recipe.batch_size, seed=recipe.seed, device=device)
-        self.scheduler = create_scheduler(self.optimizer, recipe.optim, recipe.epochs, len(self.loader))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-        first = None if resumes or recipe.sparse.density == 1 else next(iter(self.loader))
-        self.sparse = create_sparse(self.model, self.optimizer, recipe, len(self.loader), first)
-        self.history: list[dict[str, Any]] = []
-        self.best_epoch = 0
+        self.recipe, self.compute, self.ranks, self.folder = recipe, compute, ranks, folder
+        self.stop, self.tell = stop, tell
+        self.saved, self.prepared = time.monotonic(), False
+        self._opened: Checkpoint | None = None  # what it goes on from, on the first process
 
-    @property
-    def finished(self) -> int:
-        """Epochs that are done."""
-        return len(self.history)
+    def go(self, resume: str | Path | None, data: DataSets | None, make_task: MakeTask | None) -> Result:
+        recipe, device = self.recipe, self.compute.device
+        start, source = self._start(resume)
+        if data is None:
+            first_does(self.ranks, lambda: open_data(recipe.data) and None)  # it may download
+            data = open_data(recipe.data)
+        with determinism(recipe.deterministic), seeded(derive(recipe.seed, Stream.WEIGHTS), device):
+            trainer = Trainer(recipe, data, self.compute, self.tell, self.ranks, make_task, start is not None)
+            if start is not None:
+                trainer.restore(start, source)
+                start = None  # the first process still has it, until it has begun
+            trainer.best_epoch = first_does(self.ranks, lambda: self._begin(trainer.best_epoch))
+            return self._train(trainer)
 
-    def run_epoch(self) -> dict[str, Any]:
-        """Train on every image once, validate, and add a row to the history.
+    def _start(self, resume: str | Path | None) -> tuple[Checkpoint | None, Path]:
+        def opened() -> tuple[dict[str, Any] | None, str]:
+            assert self.folder is not None
+            self._opened = self.folder.open(self.recipe, resume)
+            return None if self._opened is None else vars(self._opened), str(self.folder.source)
 
-        Raises:
-            Diverged: if the loss is no finite number any more.
-        """
-        epoch = self.finished
-        self.loader.start_epoch(epoch)
-        with seeded(derive(self.recipe.seed, Stream.STEPS, epoch), self.device):
-            train, seconds = self._steps(epoch)
-        val = self.evaluate("val")
-        self._check(val.loss, "validation loss", epoch)
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * len(self.loader),
-            "train_loss": train.loss,
-            "train_accuracy": train.top1,
-            "val_loss": val.loss,
-            "val_accuracy": val.top1,
-            "lr": self.lr,
-            "images_per_second": train.images_per_second,
-            "seconds": seconds,
-        }
-        if self.sparse is not None:
-            masks = self.sparse.report()
-            row |= {"density": masks.density, "explored": masks.explored}
-        self.history.append(row)
-        if self.best_epoch == 0 or _rank(row) > _rank(self.history[self.best_epoch - 1]):
-            self.best_epoch = epoch + 1
-        return row
+        values, source = first_does(self.ranks, opened)
+        if self.folder is not None:
+            return self._opened, Path(source)
+        return None if values is None else Checkpoint(**values), Path(source)
 
-    def _steps(self, epoch: int) -> tuple[Metrics, float]:
-        self.net.train()
-        meter, steps = Meter(self.device), len(self.loader)
-        for step, batch in enumerate(self.loader, start=1):
-            self.scheduler.step_update(epoch * steps + step - 1)
-            images, labels = to_device(batch, self.device, self.recipe.channels_last)
-            with autocast(self.recipe.amp, self.device):
-                logits = self.net(images)
-                loss = self.loss(logits, labels)
-            self._update(loss)
-            meter.add(logits.detach(), labels, loss)
-            if meter.due() or step == steps:
-                now = meter.read()
-                self._check(now.loss, "training loss", epoch, step)
-                self.progress(Step("train", epoch + 1, step, steps, now.loss, now.top1, now.images_per_second))
-        return meter.read(), meter.seconds
+    def _begin(self, best_epoch: int) -> int:
+        """Make the folder that of this run; gives the epoch whose weights are kept as the best."""
+        folder, start = self.folder, self._opened
+        assert folder is not None
+        folder.begin(self.recipe, start)
+        folder.write_environment(environment(self.ranks, self.compute.device))
+        self._opened = None
+        return best_epoch if start is None else folder.restore_best(start)
 
-    def _update(self, loss: torch.Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.recipe.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            if self.sparse is not None:
-                self.sparse.mask_gradients()
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def _train(self, trainer: Trainer) -> Result:
+        recipe, folder = self.recipe, self.folder
+        self._tell_start(trainer)
+        trainer.after_update = lambda: self._after_update(trainer)
+        with self._logs(trainer) as add:
+            while trainer.finished < recipe.epochs:
+                row = trainer.run_epoch()
+                is_best = trainer.best_epoch == trainer.finished
+                self._save(trainer, is_best)
+                add(row)
+                self.tell(EpochDone(row, recipe.epochs, is_best))
+                self._tell_notes()
+                if trainer.finished < recipe.epochs:
+                    self._stop_if_asked(trainer, saved=True)
+            if folder is not None:
+                folder.wait()
+        return self._finish(trainer)
 
-    def _check(self, loss: float, what: str, epoch: int, step: int | None = None) -> None:
-        if not math.isfinite(loss):
-            where = f"epoch {epoch + 1}" + (f", step {step}" if step else "")
-            kept = f"the last good checkpoint, after epoch {epoch}, is untouched" if epoch else "there is no checkpoint"
-            raise Diverged(
-                f"the {what} became {loss} in {where} at learning rate {self.lr:.3g}; lower optim.lr or set clip_grad; "
-                f"{kept}"
-            )
+    def _tell_start(self, trainer: Trainer) -> None:
+        if self.folder is None:
+            return
+        data, world = trainer.data, self.ranks.world
+        counts = [len(part) if part is not None else 0 for part in (data.train, data.val, data.test)]
+        where = str(self.compute.device) if world == 1 else f"{world} x {self.compute.device.type}"
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        self.tell(Started(self.recipe, self.folder.path, where, parameters, *counts, finished=trainer.finished))
+        if trainer.step:
+            self.tell(Note(f"going on after {trainer.step} updates of epoch {trainer.finished + 1}"))
+        self._tell_notes()
 
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    @contextmanager
+    def _logs(self, trainer: Trainer) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Within the block rows go to TensorBoard and to the trackers that the recipe names."""
+        if self.folder is None:
+            yield lambda row: None
+            return
+        recipe, path, finished = self.recipe, self.folder.path, trainer.finished
+        curves = Curves(self.folder.tensorboard, finished) if recipe.tensorboard else None
+        config = recipe.to_dict()
+        trackers = open_loggers(recipe.loggers, folder=path, run_name=path.name, config=config, finished=finished)
 
-    def evaluate(self, part: Split) -> Metrics:
-        """Loss and accuracy on the validation (``val``) or the test images."""
-        return evaluate(
-            self.net,
-            self.data.loader(part, self.recipe.batch_size, device=self.device),
-            device=self.device,
-            amp=self.recipe.amp,
-            channels_last=self.recipe.channels_last,
-            progress=self.progress,
-            part=part,
-        )
-
-    def checkpoint(self) -> Checkpoint:
-        mean, std = self.data.normalisation
-        about = dict(class_names=list(self.data.class_names), mean=list(mean), std=list(std))
-        return Checkpoint(
-            model_name=self.recipe.model,
-            model_args=json.loads(json.dumps(self.model_args)),
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scheduler=self.scheduler.state_dict(),
-            scaler=self.scaler.state_dict(),
-            epoch=self.finished,
-            metrics={"history": self.history, "best_epoch": self.best_epoch},
-            recipe=self.recipe.to_dict(),
-            sparse=self.sparse.state_dict() if self.sparse is not None else {},
-            data={"name": self.data.name, "image_size": self.data.image_size, **about},
-        )
-
-    def restore(self, start: Checkpoint, source: Path) -> None:
-        """Go on where the checkpoint was written.
-
-        Args:
-            start: the checkpoint.
-            source: its file, for messages.
-
-        Raises:
-            ValueError: if it was trained on other classes.
-            CheckpointError: if its states are not those of this network, this optimiser or this schedule.
-        """
-        there, here = start.data.get("class_names"), list(self.data.class_names)
-        if there is not None and there != here:
-            number = next((i for i, pair in enumerate(zip(there, here, strict=False)) if pair[0] != pair[1]), None)
-            what = f"{len(there)} classes there, {len(here)} here"
-            if number is not None:
-                what = f"class number {number} is {there[number]!r} there and {here[number]!r} here"
-            raise ValueError(f"the data has other classes than those that {source} was trained on: {what}")
-        with _fitting(source, self.recipe.model):
-            self.model.load_state_dict(start.model)
-            self.optimizer.load_state_dict(start.optimizer)
-            self.scheduler.load_state_dict(start.scheduler)
-            self.scaler.load_state_dict(start.scaler)
-            if self.sparse is not None:
-                self.sparse.load_state_dict(start.sparse)
-        self.history, self.best_epoch = list(start.metrics["history"]), start.metrics["best_epoch"]
-
-
-@contextmanager
-def _fitting(source: Path, model: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # torch raises nearly anything, over many lines, for a state that does not fit
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."
-        raise CheckpointError(f"{source} does not fit a run of {model}: {reason}") from None
-
-
-def _rank(row: dict[str, Any]) -> tuple[float, float]:
-    return row["val_accuracy"], -row["val_loss"]  # small validation sets have many ties
-
-
-def _run(trainer: Trainer, folder: RunFolder, tell: Progress) -> Result:
-    recipe, data = trainer.recipe, trainer.data
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    counts = [len(part) if part is not None else 0 for part in (data.train, data.val, data.test)]
-    tell(Started(recipe, folder.path, str(trainer.device), parameters, *counts, finished=trainer.finished))
-    curves = Curves(folder.tensorboard, trainer.finished) if recipe.tensorboard else None
-    try:
-        while trainer.finished < recipe.epochs:
-            row = trainer.run_epoch()
-            is_best = trainer.best_epoch == trainer.finished
-            folder.save(trainer.checkpoint(), is_best=is_best)
-            if curves:
+        def add(row: dict[str, Any]) -> None:
+            if curves is not None:
                 curves.add(row)
-            tell(EpochDone(row, recipe.epochs, is_best))
-    finally:
-        if curves:
-            curves.close()
-    return _finish(trainer, folder)
+            self._tell(trackers.add(row))
 
+        failed = True
+        try:
+            yield add
+            failed = False
+        except Stopped:
+            failed = False
+            raise
+        finally:
+            if curves is not None:
+                curves.close()
+            self._tell(trackers.close(failed))
 
-def _finish(trainer: Trainer, folder: RunFolder) -> Result:
-    best = load_checkpoint(folder.best)
-    if trainer.sparse is not None:
-        masks = trainer.sparse.report()
-        files.write(folder.sparsity, f"{masks}\n".encode())
-        if find_spec("matplotlib") is not None:
-            masks.plot(folder.sparsity.with_suffix(".png"))
-        trainer.sparse.detach()  # the best weights may have other masks than the last ones
-    with _fitting(folder.best, trainer.recipe.model):
-        trainer.model.load_state_dict(best.model)
-    val = trainer.evaluate("val")
-    test = None if trainer.data.test is None else trainer.evaluate("test")
-    result = Result(folder.path, folder.best, best.epoch, val, test, trainer.history)
-    values = {"best_epoch": result.best_epoch, "val": asdict(val), "test": test and asdict(test)}
-    files.write(folder.result, (json.dumps(values, indent=2) + "\n").encode())
-    return result
+    def _tell(self, notes: Sequence[str]) -> None:
+        for text in notes:
+            self.tell(Note(text))
+
+    def _after_update(self, trainer: Trainer) -> None:
+        self._stop_if_asked(trainer, saved=False)
+        if not self.prepared:
+            checkpoint = trainer.checkpoint()
+            if self.folder is not None:
+                self.folder.prepare(checkpoint)
+            self.prepared = True
+        due = time.monotonic() - self.saved > 60 * self.recipe.save_minutes
+        if self.ranks.world > 1:
+            due = trainer.step % _LOOK_EVERY == 0 and sum_over([due and self.ranks.first], self.ranks)[0] > 0
+        if due:
+            self._save(trainer, is_best=False)
+            self._tell_notes()
+
+    def _save(self, trainer: Trainer, is_best: bool) -> None:
+        checkpoint = trainer.checkpoint()  # all processes give their part
+        if self.folder is not None:
+            self.folder.save(checkpoint, is_best=is_best)
+            bad = sorted(trainer.loader.bad.items())
+            if bad:
+                files.write(self.folder.bad_images, "".join(f"{path}: {why}\n" for path, why in bad).encode())
+        self.saved = time.monotonic()
+
+    def _stop_if_asked(self, trainer: Trainer, saved: bool) -> None:
+        reason = self.stop.asked(self.ranks)
+        if reason is None:
+            return
+        if not saved:
+            self._save(trainer, is_best=False)
+        if self.folder is not None:
+            self.folder.wait()
+        barrier(self.ranks)  # whoever leaves first would have the launcher end the others
+        where = f"epoch {trainer.finished}" if saved else f"{trainer.step} updates of epoch {trainer.finished + 1}"
+        out = self.folder.path if self.folder else "RUN"
+        raise Stopped(reason, f"stopped by {reason} after {where}; go on with: shiftconv train --resume {out}")
+
+    def _tell_notes(self) -> None:
+        if self.folder is not None:
+            self._tell(self.folder.take_notes())
+
+    def _finish(self, trainer: Trainer) -> Result:
+        folder, data = self.folder, trainer.data
+        if trainer.sparse is not None and folder is not None:
+            masks = trainer.sparse.report()
+            files.write(folder.sparsity, f"{masks}\n".encode())
+            if find_spec("matplotlib") is not None:
+                masks.plot(folder.sparsity.with_suffix(".png"))
+        path = Path("best.pt") if folder is None else folder.best
+        best = Checkpoint(**first_does(self.ranks, lambda: vars(load_checkpoint(path))))
+        averaged = trainer.load_best(best, path)
+        val = trainer.evaluate("val")
+        test = None if data.test is None else trainer.evaluate("test")
+        result = Result(path.parent, path, best.epoch, val, test, trainer.history, averaged)
+        if folder is not None:
+            values = {
+                "best_epoch": result.best_epoch,
+                "averaged": averaged,
+                "val": val.to_dict(),
+                "test": test and test.to_dict(),
+            }
+            files.write(folder.result, (json.dumps(values, indent=2) + "\n").encode())
+        return result

@@ -17,6 +17,7 @@ class Stream(IntEnum):
     ORDER = 2
     AUGMENT = 3
     WORKERS = 4
+    MIX = 5
 
 
 def derive(seed: int, stream: Stream, *parts: int) -> int:
@@ -52,3 +53,13 @@ def seeded(number: int, device: torch.device | None = None) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(legacy)  # noqa: NPY002 - see above
+
+
+def reseed(number: int, device: torch.device) -> None:
+    """Start the global generators from ``number``, within a block of ``seeded`` that puts them back at its end."""
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002 - see there
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)

@@ -119,7 +119,13 @@ class Optim:
         weight_decay: Weight decay.
         weight_decay_end: Weight decay at the end of the run, reached along a cosine; none: it is constant.
         decay_norms: Decay norms and biases too, as the ShiftResNet authors did; no: only weights with two or more axes.
+        offset_lr_scale: What the rate of the offsets of learned shifts is multiplied by.
+        offset_decay: Weight decay of these offsets.
+        normalize_offsets: Scale the gradient of each channel's offset to unit length, as for active shifts.
+        freeze_offsets_after: Share of the run after which the offsets stay, as for sparse shifts; none: never.
         layer_decay: Each level of the network has this times the rate of the next one; 1: the same.
+        layer_decay_by: What a level is: blocks (some of them), or stages.
+        layer_decay_levels: How many levels there are below the head; none: those of the network.
         schedule: step (times gamma after each milestone), cosine (down to min_lr) or constant.
         milestones: Schedule step: after how many finished epochs the rate drops.
         gamma: Schedule step: what each milestone multiplies the rate by.
@@ -137,7 +143,13 @@ class Optim:
     weight_decay: float = 5e-4
     weight_decay_end: float | None = None
     decay_norms: bool = True
+    offset_lr_scale: float = 1.0
+    offset_decay: float = 0.0
+    normalize_offsets: bool = False
+    freeze_offsets_after: float | None = None
     layer_decay: float = 1.0
+    layer_decay_by: Literal["blocks", "stages"] = "blocks"
+    layer_decay_levels: int | None = None
     schedule: ScheduleName = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
@@ -150,13 +162,16 @@ class Optim:
         one_of("schedule", self.schedule, ScheduleName)
         number("optim.lr", self.lr, above=0)
         number("optim.momentum", self.momentum, low=0, below=1)
-        flags("optim", nesterov=self.nesterov, decay_norms=self.decay_norms)
-        for name in ("weight_decay", "min_lr", "warmup_epochs", "warmup_lr"):
+        flags("optim", nesterov=self.nesterov, decay_norms=self.decay_norms, normalize_offsets=self.normalize_offsets)
+        for name in ("weight_decay", "offset_lr_scale", "offset_decay", "min_lr", "warmup_epochs", "warmup_lr"):
             number(f"optim.{name}", getattr(self, name), low=0)
         optional(number, "optim.weight_decay_end", self.weight_decay_end, low=0)
         optional(number, "optim.eps", self.eps, above=0)
+        optional(number, "optim.freeze_offsets_after", self.freeze_offsets_after, low=0, high=1)
         number("optim.gamma", self.gamma, above=0, high=1)
         number("optim.layer_decay", self.layer_decay, above=0, high=1)
+        one_of("kind of level", self.layer_decay_by, Literal["blocks", "stages"])
+        optional(integer, "optim.layer_decay_levels", self.layer_decay_levels, 1)
         object.__setattr__(self, "betas", _betas(self.betas))
         if not isinstance(self.milestones, tuple | list):
             raise TypeError(f"optim.milestones must be a list of whole numbers, got {self.milestones!r}")
@@ -286,7 +301,7 @@ class Distillation:
         keep_task_loss: nkd, dist: add the usual loss, too; kd has its share of it by alpha.
         features: Loss on the last feature maps: smooth_l1, mse, mgd (Yang et al. 2022), none.
         feature_weight: Its weight. The SLaK authors call it the learning rate of feature distillation.
-        mask_share: mgd: share of the feature maps' pixels that are hidden.
+        mask_share: mgd: share of the feature maps' channels that are hidden.
     """
 
     teacher: str | None = None

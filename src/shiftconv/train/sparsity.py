@@ -5,7 +5,8 @@ from torch.optim import Optimizer
 
 from shiftconv.nn import DilatedReparamConv2d, LargeKernelConv2d, ShiftwiseConv2d
 from shiftconv.sparse import Calibration, Schedule, SparseTraining, groups
-from shiftconv.train.data.loader import Batch, to_device
+from shiftconv.train.data.loader import Batch
+from shiftconv.train.device import Compute
 from shiftconv.train.recipe import Recipe
 from shiftconv.train.settings import Layers, Sparsity
 
@@ -31,7 +32,7 @@ def create_sparse(
     settings = recipe.sparse
     if settings.density == 1:
         return None
-    device = next(model.parameters()).device
+    compute = Compute(next(model.parameters()).device, channels_last=recipe.channels_last)
     loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     masks = groups(model, settings.granularity, lambda module: is_selected(module, settings.layers))
     return SparseTraining(
@@ -42,7 +43,7 @@ def create_sparse(
         settings.rule,
         masks,
         _schedule(settings, recipe.seed, recipe.epochs, steps_per_epoch),
-        None if first is None else Calibration([to_device(first, device, recipe.channels_last)], loss),
+        None if first is None else Calibration([compute.move(first)], loss),
     )
 
 

@@ -95,7 +95,7 @@ def test_unreadable_image(tmp_path, damage, workers):
         path = tmp_path / name / "bad.png"
         Image.effect_noise((64, 64), 50).save(path)
         path.write_bytes({"truncated": path.read_bytes()[:900], "text": b"no image", "empty": b""}[damage])
-    data = small(tmp_path, workers=workers)
+    data = small(tmp_path, workers=workers, bad_images="stop")
     with pytest.raises(ValueError, match=r"cannot read the image .*bad.png: ") as caught:
         for part in ("train", "val", "test"):
             list(data.loader(part, 4))

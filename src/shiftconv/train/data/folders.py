@@ -3,14 +3,13 @@
 import os
 from pathlib import Path
 
-from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from shiftconv.train.data.images import FileImages, Normalisation
+from shiftconv.train.data import transforms
+from shiftconv.train.data.images import FileImages
 from shiftconv.train.data.splits import stratified
+from shiftconv.train.settings import Data
 
-NORMALISATION: Normalisation = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CROP_SHARE = 0.875  # the centre of a validation image that is looked at, as 224 of 256 pixels
 TEST_SHARE = 0.1
 LAYOUT = "it needs train/ and val/ with one sub-folder of images per class in each, or one sub-folder per class"
@@ -61,13 +60,22 @@ def _find(folder: Path, val_share: float) -> tuple[dict[str, Samples], tuple[str
     return parts, names
 
 
-def serve(parts: dict[str, Samples], size: int, *, augment: bool, flip: bool) -> dict[str, FileImages]:
-    """The parts as data sets of ``[3, size, size]`` tensors: random resized crops to train on, else the centre."""
-    mean, std = NORMALISATION
-    centre = create_transform(size, mean=mean, std=std, crop_pct=CROP_SHARE)
-    train = create_transform(size, is_training=True, mean=mean, std=std, hflip=0.5 if flip else 0.0)
-    chosen = {part: train if part == "train" and augment else centre for part in parts}
-    return {part: FileImages(parts[part], chosen[part]) for part in parts}  # pyright: ignore[reportArgumentType]
+def serve(parts: dict[str, Samples], data: Data, size: int) -> dict[str, FileImages]:
+    """The parts as data sets of ``[3, size, size]`` tensors: changed at random to train on, else the centre.
+
+    Raises:
+        ValueError: for an augmentation that timm does not know.
+    """
+    centre = transforms.to_evaluate(data, size)
+    served = {part: FileImages(samples, centre, draws=False) for part, samples in parts.items()}
+    if data.augment:
+        served["train"] = FileImages(parts["train"], transforms.to_train(data, size))
+    return served
+
+
+def keys(folder: Path, samples: Samples) -> list[bytes]:
+    """What identifies each image, wherever the folder is: its path below it."""
+    return [path.relative_to(folder).as_posix().encode() for path, _ in samples]
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -110,9 +118,8 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _split(folder: Path, samples: Samples, shares: tuple[float, ...], names: tuple[str, ...]) -> dict[str, Samples]:
-    keys = [path.relative_to(folder).as_posix().encode() for path, _ in samples]
     try:
-        indices = stratified(keys, [label for _, label in samples], shares)
+        indices = stratified(keys(folder, samples), [label for _, label in samples], shares)
     except ValueError as error:
         raise ValueError(f"the folder {folder} cannot be split: {error}; give it train/ and val/ instead") from None
     return {name: [samples[i] for i in part] for name, part in zip(("train", *names), indices, strict=True)}

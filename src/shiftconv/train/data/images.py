@@ -1,13 +1,17 @@
 """Data sets of pictures: in memory as one uint8 tensor, or files on disk. Each serves normalised batches."""
 
-from collections.abc import Callable, Sequence
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.v2 import functional as F
 
 from shiftconv.train.seed import Stream, derive, generator, seeded
@@ -17,15 +21,24 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviatio
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop after padding with black, and mirroring (Lee et al. 2015, as ShiftResNet trains on CIFAR)."""
+    """Random crop after padding with black, and mirroring (Lee et al. 2015, as ShiftResNet trains on CIFAR).
+
+    Attributes:
+        padding: black pixels around an image before the crop.
+        flip: mirror half of the images.
+        automatic: RandAugment or its like, after both; slow, for it takes one image at a time.
+        erase: changes a normalised image ``[3, H, W]`` in place, at the end.
+    """
 
     padding: int = 4
     flip: bool = True
+    automatic: Callable[[Image.Image], Image.Image] | None = None
+    erase: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """A file that cannot be read. It travels through the loader as a value, for a traceback is no clear message."""
+    """A picture that cannot be read. It travels through the loader as a value, for a traceback is no clear message."""
 
     path: Path
     reason: str
@@ -63,6 +76,7 @@ class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Draw the crop and the mirroring of every picture for this epoch."""
+        self.seed, self.epoch = seed, epoch
         if self.augment is not None:
             draw, n = generator(seed, Stream.AUGMENT, epoch), len(self)
             self.corners = torch.randint(0, 2 * self.augment.padding + 1, (n, 2), generator=draw)
@@ -74,9 +88,25 @@ class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
         images = self.images[index]
         if self.augment is not None:
             images = _crop(images, self.corners[index], self.mirrored[index] & self.augment.flip, self.augment.padding)
+            images = self._change(images, index)
         if self.size is not None and tuple(images.shape[-2:]) != (self.size, self.size):
             images = F.resize(images, [self.size, self.size], antialias=True)
-        return (images.float() - self.mean) / self.std, self.labels[index]
+        images = (images.float() - self.mean) / self.std
+        if self.augment is not None and self.augment.erase is not None:
+            for image, number in zip(images, index.tolist(), strict=True):
+                with drawing(self.seed, self.epoch, number, 1):  # 0 is for automatic
+                    self.augment.erase(image)
+        return images, self.labels[index]
+
+    def _change(self, images: Tensor, index: Tensor) -> Tensor:
+        if self.augment is None or self.augment.automatic is None:
+            return images
+        changed = torch.empty_like(images)
+        for place, number in enumerate(index.tolist()):
+            picture = Image.fromarray(images[place].permute(1, 2, 0).numpy())
+            with drawing(self.seed, self.epoch, number):
+                changed[place] = F.pil_to_tensor(self.augment.automatic(picture))
+        return changed
 
 
 def _crop(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Tensor:
@@ -90,33 +120,87 @@ def _crop(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Te
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-class FileImages(Dataset[tuple[Tensor, int] | BadImage]):
-    """Picture files. Random transforms of image ``i`` follow from the seed, the epoch and ``i``, whoever reads it.
+class Pictures(Dataset[tuple[Tensor, int] | BadImage], ABC):
+    """Pictures that are read one by one.
+
+    Random transforms of image ``i`` follow from the seed, the epoch and ``i``, whoever reads it.
 
     Args:
-        samples: path and class of each picture.
         transform: from a PIL picture in RGB to a normalised float32 tensor ``[3, H, W]``.
+        draws: whether the transform draws random numbers.
     """
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.samples, self.transform = list(samples), transform
+    def __init__(self, transform: Callable[[Image.Image], Tensor], draws: bool = True) -> None:
+        self.transform, self.draws = transform, draws
         self.start_epoch(0, 0)
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The picture in RGB, its pixels read, and its class. Raises an OSError or ValueError if it cannot be read."""
+
+    @abstractmethod
+    def where(self, index: int) -> Path:
+        """The picture's file, or whatever tells which one it is."""
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         self.seed, self.epoch = seed, epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
-        path, label = self.samples[index]
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+            image, label = self.read(index)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that PIL raises
-            return BadImage(path, str(error) or type(error).__name__)
-        with seeded(derive(self.seed, Stream.AUGMENT, self.epoch, index)):
+            return BadImage(self.where(index), str(error) or type(error).__name__)
+        if not self.draws:
+            return self.transform(image), label
+        with drawing(self.seed, self.epoch, index):
             return self.transform(image), label
 
 
-Images = MemoryImages | FileImages
+class FileImages(Pictures):
+    """Picture files.
+
+    Args:
+        samples: path and class of each picture.
+        transform: as of ``Pictures``.
+        draws: as of ``Pictures``.
+    """
+
+    def __init__(
+        self, samples: Sequence[tuple[Path, int]], transform: Callable[[Image.Image], Tensor], draws: bool = True
+    ) -> None:
+        super().__init__(transform, draws)
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        with Image.open(path) as file:
+            return file.convert("RGB"), label
+
+    def where(self, index: int) -> Path:
+        return self.samples[index][0]
+
+
+@contextmanager
+def drawing(seed: int, epoch: int, *parts: int) -> Iterator[None]:
+    """Let the global generators, from which timm's transforms draw, follow from these numbers.
+
+    A worker draws nothing else, so there they need not be put back, which takes longer than to seed them.
+    """
+    number = derive(seed, Stream.AUGMENT, epoch, *parts)
+    if get_worker_info() is None:
+        with seeded(number):
+            yield
+        return
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002 - timm's RandAugment draws from it
+    torch.default_generator.manual_seed(number)
+    yield
+
+
+Images = MemoryImages | Pictures

@@ -1,29 +1,35 @@
 """Batches of a data set, in an order that follows from the seed and the epoch."""
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from shiftconv.train.data.images import BadImage, Images, MemoryImages
+from shiftconv.train.data.serving import PREFETCH, Batch, MicroBatch, Served, Serving
+from shiftconv.train.data.share import ALL, Piece, Share, deal
 from shiftconv.train.seed import Stream, generator
 
-Batch = tuple[Tensor, Tensor]
 
-
-class Loader:
+class Loader(Serving):
     """Normalised images float32 ``[B, 3, H, W]`` with labels int64 ``[B]``; the last batch may be smaller.
+
+    Training takes ``steps``. Iterating serves this rank's part of the images, each once, as evaluation needs it.
+    Neither workers nor ranks change what an image looks like, and updates that are done are not read again.
 
     Args:
         images: what to serve.
-        batch_size: images per batch, at least 1.
+        batch_size: images per update on all ranks together, at least 1.
         shuffle: a new order in each epoch; otherwise the order of the data set.
-        workers: processes that read and transform; 0: this one. Changes no number.
+        workers: as of ``Serving``.
         seed: what orders and random transforms follow from.
-        pin: serve from pinned memory, from which copies to a GPU are quicker.
+        pin: as of ``Serving``.
+        share: as of ``Serving``.
+        skip_bad: the place of an image that cannot be read is taken by the next good one of its micro-batch; otherwise
+            it is an error.
 
     Raises:
         ValueError: for a batch size below 1, or if there are no images.
@@ -38,57 +44,85 @@ class Loader:
         workers: int = 0,
         seed: int = 0,
         pin: bool = False,
+        share: Share = ALL,
+        skip_bad: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__(batch_size, workers=workers, pin=pin, share=share, skip_bad=skip_bad)
         if len(images) == 0:
             raise ValueError("there is not one image to load")
-        self.images, self.batch_size, self.shuffle, self.seed = images, batch_size, shuffle, seed
-        self.workers, self.pin = workers, pin
-        self.epoch = 0
+        self.images, self.shuffle, self.seed = images, shuffle, seed
 
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+    @property
+    def images_per_epoch(self) -> int:
+        return len(self.images)
 
-    def start_epoch(self, epoch: int) -> None:
-        """From the next iteration on serve the order and the random transforms of this epoch."""
-        self.epoch = epoch
+    def steps(self, first: int = 0) -> Iterator[MicroBatch]:
+        self.check_first(first)
+        order = self._order()
+
+        def pieces() -> Iterator[Piece]:
+            return deal(order, self.batch_size, self.share, first)
+
+        for piece, (images, labels) in zip(pieces(), self._batches(lambda: (p.indices for p in pieces())), strict=True):
+            yield MicroBatch(images, labels, piece.share, piece.ends)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Serve every image once.
+        order, size = self._order()[self.share.rank :: self.share.world], self.micro_batch
+        return self._batches(lambda: (order[start : start + size] for start in range(0, len(order), size)))
 
-        Raises:
-            ValueError: if an image cannot be read; names the file.
-        """
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.images)))
+        return torch.randperm(len(self.images), generator=generator(self.seed, Stream.ORDER, self.epoch)).tolist()
+
+    def _batches(self, lists: Callable[[], Iterator[list[int]]]) -> Iterator[Batch]:
+        """The batch of each list of indices."""
+
+        def start(done: int) -> DataLoader[Any]:
+            return DataLoader(
+                _Batches(self.images),
+                batch_size=None,
+                sampler=islice(lists(), done, None),  # pyright: ignore[reportArgumentType] - lists are indices here
+                num_workers=self.workers,
+                collate_fn=as_it_is,
+                pin_memory=self.pin,
+                generator=generator(self.seed, Stream.WORKERS, self.epoch),
+                prefetch_factor=max(2, PREFETCH // self.micro_batch) if self.workers else None,
+            )
+
         self.images.start_epoch(self.seed, self.epoch)
-        order = generator(self.seed, Stream.ORDER, self.epoch)
-        sampler = RandomSampler(self.images, generator=order) if self.shuffle else SequentialSampler(self.images)
-        memory = isinstance(self.images, MemoryImages)
-        loader: DataLoader[Any] = DataLoader(
-            self.images,
-            batch_size=None if memory else self.batch_size,
-            sampler=BatchSampler(sampler, self.batch_size, drop_last=False) if memory else sampler,
-            num_workers=self.workers,
-            collate_fn=None if memory else _collate,
-            pin_memory=self.pin,
-            generator=generator(self.seed, Stream.WORKERS, self.epoch),
-        )
-        for batch in _start(loader):
-            if isinstance(batch, BadImage):
-                raise ValueError(f"cannot read the image {batch.path}: {batch.reason}; replace or remove it")
-            yield batch[0], batch[1]
+        return self.serve(start, lambda served, _: served)
 
 
-def _collate(samples: list[Any]) -> Any:
+class _Batches(Dataset[Served]):
+    """A data set of lists of indices."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: list[int]) -> Served:
+        if isinstance(self.images, MemoryImages):
+            return Served(self.images[indices], [])
+        return collate([self.images[index] for index in indices])
+
+
+def collate(samples: Sequence[tuple[Tensor, int] | BadImage]) -> Served:
+    """One batch; the next good image, counted round, is in the place of each bad one."""
     bad = [sample for sample in samples if isinstance(sample, BadImage)]
-    return bad[0] if bad else default_collate(samples)
+    good = [sample for sample in samples if not isinstance(sample, BadImage)]
+    if not good:
+        return Served(None, bad)
+    filled: list[tuple[Tensor, int]] = []
+    following = good[0]
+    for sample in reversed(samples):
+        following = following if isinstance(sample, BadImage) else sample
+        filled.append(following)
+    images, labels = default_collate(filled[::-1])
+    return Served((images, labels), bad)
 
 
-def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    # Python >= 3.12 warns of every fork beside threads; a worker only reads images, in one thread.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
-        return iter(loader)
+def as_it_is(served: Any) -> Any:
+    return served
 
 
 def to_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:

@@ -1,27 +1,33 @@
-"""The command line: ``shiftconv VERB [options]``. Each verb is one function below; its signature is its options.
+"""The verbs of the command line but ``train``: each function is one, and its signature its options.
 
 Nothing heavy is imported before a verb runs, so ``--help`` and mistakes are answered at once.
 """
 
 import fnmatch
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from shiftconv._version import __version__
-from shiftconv.names import closest, unknown
-from shiftconv.options import parse, spell
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-    from shiftconv.train.recipe import Recipe
+from shiftconv.names import closest
 
 ModelArgs = dict[str, Any]
+
+
+def line(*lines: str) -> None:
+    """Plain lines on stdout, exactly as they are."""
+    sys.stdout.writelines(f"{text}\n" for text in lines)
+
+
+def show(*renderables: Any) -> None:
+    """Tables and styled text on stdout; without colour and boxes' colours when it is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for renderable in renderables:
+        console.print(renderable)
 
 
 def demo(out: Path = Path("shiftconv-demo"), seed: int = 0, epochs: int | None = None) -> None:
@@ -36,8 +42,8 @@ def demo(out: Path = Path("shiftconv-demo"), seed: int = 0, epochs: int | None =
     from shiftconv.train.progress import RichProgress
 
     result = run(out, seed=seed, epochs=epochs, progress=RichProgress())
-    _show(result.table())
-    _line(*result.next_steps())
+    show(result.table())
+    line(*result.next_steps())
 
 
 def list_(what: Sequence[str] = (), pattern: str = "*") -> None:
@@ -64,26 +70,7 @@ def list_(what: Sequence[str] = (), pattern: str = "*") -> None:
             raise ValueError(f"no name matches {word!r}" + (f"; did you mean {close}?" if close else ""))
     for kind in kinds:
         if matching := [name for name in names[kind][0] if any(fnmatch.fnmatch(name, word) for word in patterns)]:
-            _line(f"{kind}    ({names[kind][1]})", *(f"  {name}" for name in matching))
-
-
-def train(
-    recipe: "Recipe", name: str, out: Path | None = None, resume: str | None = None, device: str | None = None
-) -> None:
-    """Train by a recipe's name or a YAML file; every field of the recipe is an option.
-
-    Args:
-        recipe: what to do.
-        name: what the run is called.
-        out: folder of the run; runs/NAME unless given.
-        resume: "auto" goes on from the newest good checkpoint in the folder, or starts; a path goes on from that file.
-        device: cpu, cuda, cuda:1 ...; the GPU when there is one unless given.
-    """
-    from shiftconv.train.loop import train as run
-    from shiftconv.train.progress import RichProgress
-
-    result = run(recipe, out or Path("runs") / name, resume=resume, device=device, progress=RichProgress())
-    _line(str(result))
+            line(f"{kind}    ({names[kind][1]})", *(f"  {name}" for name in matching))
 
 
 def evaluate(
@@ -137,7 +124,7 @@ def evaluate(
         metrics = run(
             model, images.loader(split, batch_size, shuffle=False), device=picked, progress=progress, part=split
         )
-    _line(f"{split}  {metrics}")
+    line(f"{split}  {metrics}")
 
 
 def count_(
@@ -172,7 +159,7 @@ def count_(
         if model is None or (size, by, checkpoint, density) != (None, "model", None, None):
             options = "--size, --by, --checkpoint and --density"
             raise ValueError(f"the authors' conventions are for a new network and 32x32 images; leave {options} out")
-        _line(*readme_count(model, convention, **model_args).lines())
+        line(*readme_count(model, convention, **model_args).lines())
         return
     if checkpoint is not None and density is not None:
         raise ValueError("a checkpoint has a density of its own; leave --density or --checkpoint out")
@@ -184,7 +171,7 @@ def count_(
         thin(network, density)
     counted = exact(network, size=size)
     note = [] if density is None else [f"at density {density:g}, uniform"]
-    _line(", ".join([str(counted), *note]) if by == "model" else "\n".join([counted.table(), *note]))
+    line(", ".join([str(counted), *note]) if by == "model" else "\n".join([counted.table(), *note]))
 
 
 def convert_(
@@ -209,7 +196,7 @@ def convert_(
 
     if model is None and model_args:
         raise ValueError(f"arguments of a network, {', '.join(model_args)}, need its name: --model NAME")
-    _line(str(run(source, target, names, ema, model, model_args)))
+    line(str(run(source, target, names, ema, model, model_args)))
 
 
 def doctor(op: str | None = None) -> None:
@@ -230,125 +217,47 @@ def doctor(op: str | None = None) -> None:
     kernels = Table("operator", "device", "runs", "because", box=SIMPLE, show_edge=False)
     for choice in backend.explain(op):
         kernels.add_row(choice.op, choice.device, choice.backend, Text(choice.reason, overflow="fold"))
-    _show(machine, "", kernels)
+    show(machine, "", kernels)
     if op in backend.SHARED:
         paths = Table("float32 on the CPU", "takes", "because", box=SIMPLE, show_edge=False)
         for call, path in depthwise_paths.explain("cpu"):
             paths.add_row(call, path.name, path.reason)
-        _show("", paths)
+        show("", paths)
 
 
-# list_, count_ and convert_ share no name with a public function, which jsonargparse would import to compare the two.
-VERBS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "list": list_,
-    "train": train,
-    "eval": evaluate,
-    "count": count_,
-    "convert": convert_,
-    "doctor": doctor,
-}
+def report_(runs: Sequence[Path] = (), out: Path = Path("report.html"), erf_images: int = 8) -> None:
+    """Compare runs on one page: curves, densities, throughput, receptive fields.
+
+    Args:
+        runs: folders that train has written, up to 8.
+        out: the page's file, or a folder for report.html.
+        erf_images: images that the receptive fields are measured on; 0 leaves these out.
+    """
+    from shiftconv.train.report import report as run
+
+    line(str(run(runs, out, erf_images=erf_images)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command; a user's mistake ends in one line on stderr and exit status 2."""
-    try:
-        _run(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `shiftconv list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:  # a person sees one line, whatever it was
-        if os.environ.get("SHIFTCONV_TRACEBACK"):
-            raise
-        text = " ".join(str(error).split())
-        if not isinstance(error, ValueError | TypeError | ImportError | OSError | RuntimeError):
-            text = f"{type(error).__name__}: {text} (unexpected; SHIFTCONV_TRACEBACK=1 shows where)"
-        sys.stderr.write(f"shiftconv: error: {text}\n")
-        sys.exit(2)
+def bench(
+    data: str = "digits",
+    model: str | None = None,
+    batch_size: int = 64,
+    seconds: float = 5.0,
+    workers: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Measure how fast images load, and whether a network would wait for them.
 
+    Args:
+        data: a folder of images, a data set's name, or one by timm's prefix.
+        model: network whose training step is measured beside; none: only the images.
+        batch_size: images at a time.
+        seconds: how long each measurement takes.
+        workers: processes that read images; several numbers up to that of the cores unless given.
+        device: cpu, cuda, cuda:1 ...; the GPU when there is one unless given.
+    """
+    from shiftconv.train.data_rates import data_rates
+    from shiftconv.train.device import pick_device
 
-def _run(argv: list[str]) -> None:
-    verb = argv[0] if argv else "--help"
-    if verb in ("-h", "--help"):
-        _line(_usage())
-    elif verb == "--version":
-        _line(f"shiftconv {__version__}")
-    elif verb not in VERBS:
-        raise unknown("verb", verb, VERBS)
-    elif verb == "train":
-        _train(argv[1:])
-    else:
-        VERBS[verb](**vars(parse(_parser(verb), spell(argv[1:], verb, VERBS[verb]))))
-
-
-def _usage() -> str:
-    verbs = (f"  {name:<9}{_summary(function)}" for name, function in VERBS.items())
-    return "\n".join(["usage: shiftconv VERB [options]", "", *verbs, "", "shiftconv VERB --help tells the options."])
-
-
-def _summary(function: Callable[..., None]) -> str:
-    return (function.__doc__ or "").partition("\n")[0]
-
-
-def _parser(verb: str) -> "ArgumentParser":
-    """The parser of a verb, made from the signature and docstring of its function."""
-    from jsonargparse import ArgumentParser
-
-    function = VERBS[verb]
-    parser = ArgumentParser(
-        prog=f"shiftconv {verb}", description=_summary(function), exit_on_error=False, allow_abbrev=False
-    )
-    skip: dict[str, set[str | int]] = {"train": {"recipe", "name"}, "list": {"what"}, "count": {"model"}}
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip.get(verb))
-    if verb == "list":
-        parser.add_argument("what", nargs="*", help="models, recipes or data, and patterns such as 'slak*'.")
-    if verb == "count":
-        parser.add_argument(
-            "model", nargs="?", type=str | None, help="network name; found in the checkpoint if absent."
-        )
-    return parser
-
-
-def _train(argv: list[str]) -> None:
-    """A recipe gives the defaults of its own fields; what follows on the line, or a YAML file, overrides them."""
-    from shiftconv import recipes
-    from shiftconv.train.recipe import Recipe
-
-    parser = _parser("train")
-    parser.usage = "shiftconv train RECIPE|FILE.yaml [options]"
-    parser.add_argument("--config", action="config", help="YAML file of fields to set, as --print_config writes it.")
-    parser.add_class_arguments(Recipe, as_group=True)
-    if not argv or argv[0].startswith("-"):
-        if argv and argv[0] in ("-h", "--help"):
-            parser.parse_args(["--help"])
-        raise ValueError("train needs the name of a recipe or a YAML file first; `shiftconv list recipes` shows them")
-    name, *argv = argv
-    file = Path(name)
-    if file.suffix in (".yaml", ".yml"):
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {name}")
-        try:
-            parse(parser, ["--config", name])  # alone first, so that its mistakes are told as the file's
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        argv, name = ["--config", name, *argv], file.parent.name if file.stem == "config" else file.stem
-    else:
-        parser.set_defaults(asdict(recipes.get(name)))
-    parsed = parse(parser, spell(argv, "train", train))
-    recipe = Recipe(**{f.name: parsed[f.name] for f in fields(Recipe)})
-    train(recipe, name, out=parsed.out, resume=parsed.resume, device=parsed.device)
-
-
-def _line(*lines: str) -> None:
-    """Plain lines on stdout, exactly as they are."""
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-
-
-def _show(*renderables: Any) -> None:
-    """Tables and styled text on stdout; without colour and boxes' colours when it is no terminal."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for renderable in renderables:
-        console.print(renderable)
+    picked = pick_device(device)
+    line(str(data_rates(data, model, batch_size=batch_size, seconds=seconds, workers=workers, device=picked)))

@@ -1,0 +1,171 @@
+"""Learning from a teacher: a classifier whose loss looks at the outputs, and the feature maps, of a trained one."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftconv.distill import MGD, FeatureLoss, dist, kd, nkd
+from shiftconv.models import create_model
+from shiftconv.models.convert import load_checkpoint
+from shiftconv.train.device import Compute
+from shiftconv.train.recipe import Recipe
+from shiftconv.train.settings import Distillation
+from shiftconv.train.task import Classification
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation per channel, of values in 0..1
+
+
+class Teacher:
+    """A trained network, frozen: in evaluation mode, so with the statistics that its norms have learnt; no gradients.
+
+    It is no module, so that what it holds is neither trained nor saved with a run.
+
+    Args:
+        network: gives logits ``[N, K]``.
+        compute: where, and how exactly.
+        normalisation: of the images that it gets.
+    """
+
+    def __init__(self, network: nn.Module, compute: Compute, normalisation: Normalisation | None = None) -> None:
+        self.network = network.eval().requires_grad_(False).to(compute.device)
+        self.compute = compute
+        self._change = _renormalise(network, normalisation, compute.device)
+
+    @torch.no_grad()
+    def look(self, images: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits ``[N, K]``, and the last feature map ``[N, C, H, W]`` if it is wanted."""
+        if self._change is not None:
+            scale, shift = self._change
+            images = images * scale + shift
+        with torch.autocast(images.device.type, enabled=False), self.compute.autocast():
+            return _look(self.network, images, with_map)
+
+
+class FromTeacher(Classification):
+    """A classifier that learns from a teacher, too; it is validated without.
+
+    Args:
+        network: gives logits ``[N, K]``.
+        teacher: gives as many.
+        recipe: its ``distill`` has the losses and their weights.
+        image_size: of the images, to find out how many channels the feature maps have.
+    """
+
+    def __init__(self, network: nn.Module, teacher: Teacher, recipe: Recipe, image_size: int) -> None:
+        super().__init__(network, recipe.loss, recipe.label_smoothing)
+        self._teacher, self._settings = teacher, recipe.distill
+        if recipe.distill.features != "none":
+            device = teacher.compute.device
+            channels = [_channels(each, image_size, device) for each in (network, teacher.network)]
+            self.beside["features"] = _feature_loss(recipe.distill, *channels).to(device)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with_map = self._settings.features != "none"
+        known, wanted = self._teacher.look(inputs, with_map)
+        logits, found = _look(self.network, inputs, with_map)
+        loss = self._on_logits(logits, known, targets)
+        if with_map:
+            loss = loss + self._settings.feature_weight * self.beside["features"](found, wanted)
+        return loss, logits
+
+    def _on_logits(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        how, task_loss = self._settings, self.loss(student, targets)
+        if how.logits == "none":
+            return task_loss
+        if how.logits == "kd":
+            taught = kd(student, teacher, temperature=how.temperature, hard=how.hard, standardize=how.standardize)
+            return how.alpha * taught + (1 - how.alpha) * task_loss
+        if how.logits == "nkd":
+            taught = nkd(
+                student,
+                teacher,
+                targets,
+                temperature=how.temperature,
+                alpha=how.alpha,
+                standardize=how.standardize,
+            )
+        else:
+            taught = dist(
+                student,
+                teacher,
+                temperature=how.temperature,
+                beta=how.beta,
+                gamma=how.gamma,
+                standardize=how.standardize,
+            )
+        return taught + task_loss if how.keep_task_loss else taught
+
+
+def create_teacher(recipe: Recipe, classes: int, normalisation: Normalisation, compute: Compute) -> Teacher:
+    """The teacher of a recipe.
+
+    Raises:
+        ValueError: if its checkpoint does not fit it, or it has other classes.
+        RuntimeError: if timm has no pretrained weights of it.
+    """
+    settings = recipe.distill
+    assert settings.teacher is not None
+    amp = compute.amp if settings.teacher_amp == "same" else settings.teacher_amp
+    exact = replace(compute, amp=amp)
+    args: dict[str, Any] = {"num_classes": classes, **settings.teacher_args}
+    if settings.teacher_checkpoint is not None:
+        network = load_checkpoint(create_model(settings.teacher, **args), settings.teacher_checkpoint)
+        return Teacher(network, exact, None)  # it has seen images as ours are
+    try:
+        network = create_model(settings.teacher, pretrained=True, **args)
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"the teacher {settings.teacher} has no weights here ({' '.join(str(error).split())[:160]}); name a file "
+            "with --teacher-checkpoint"
+        ) from None
+    return Teacher(network, exact, normalisation)
+
+
+def _look(network: nn.Module, images: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None]:
+    if not with_map:
+        return network(images), None
+    last, maps = network.forward_intermediates(images, indices=1)  # pyright: ignore[reportCallIssue]
+    return network.forward_head(last), maps[-1]  # pyright: ignore[reportCallIssue]
+
+
+def _channels(network: nn.Module, image_size: int, device: torch.device) -> int:
+    """How many channels the last feature map has; asks the network, and leaves no trace on it."""
+    if not (
+        callable(getattr(network, "forward_intermediates", None)) and callable(getattr(network, "forward_head", None))
+    ):
+        name = type(network).__name__
+        raise ValueError(f"distill.features needs networks with timm's forward_intermediates, which {name} has not")
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            _, found = _look(network, torch.zeros(1, 3, image_size, image_size, device=device), with_map=True)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    assert found is not None
+    if found.ndim != 4:
+        raise ValueError(f"distill.features needs maps [N, C, H, W]; {type(network).__name__} gives {[*found.shape]}")
+    return found.shape[1]
+
+
+def _feature_loss(settings: Distillation, student: int, teacher: int) -> nn.Module:
+    if settings.features == "mgd":
+        return MGD(student, teacher, mask_share=settings.mask_share)
+    return FeatureLoss(student, teacher, "mse" if settings.features == "mse" else "smooth_l1")
+
+
+def _renormalise(network: nn.Module, ours: Normalisation | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """What turns images in our normalisation into those that a network of timm was trained on: a scale and a shift."""
+    theirs = getattr(network, "pretrained_cfg", None)
+    if ours is None or not theirs or not theirs.get("mean") or not theirs.get("std"):
+        return None
+    (mean, std), wanted_mean, wanted_std = ours, theirs["mean"], theirs["std"]
+    if (tuple(mean), tuple(std)) == (tuple(wanted_mean), tuple(wanted_std)):
+        return None
+    a, b, c, d = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std, wanted_mean, wanted_std)
+    )
+    return b / d, (a - c) / d
