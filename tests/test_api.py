@@ -8,7 +8,7 @@ import pytest
 import shiftconv as sc
 
 PUBLIC = {
-    "analysis", "models", "nn", "ops", "recipes", "sparse", "train",
+    "analysis", "distill", "models", "nn", "ops", "recipes", "sparse", "train",
     "convert", "count", "create_model", "erf", "export", "list_models", "load_checkpoint", "push_to_hub",
     "save_for_hub", "throughput",
     "__version__",
@@ -39,6 +39,7 @@ SPARSE = {
     "RULES", "Calibration", "Compacted", "Evidence", "Granularity", "LayerSparsity", "Rule", "Schedule",
     "SparseTraining", "SparsityReport", "compact", "groups",
 }  # fmt: skip
+DISTILL = {"MGD", "FeatureLoss", "dist", "kd", "nkd", "standardize_logits"}
 HEAVY = ["matplotlib", "sklearn", "tensorboard", "triton", "rich", "jsonargparse", "torch._dynamo", "torch._inductor"]
 
 
@@ -52,6 +53,7 @@ def test_surface_is_what_is_documented():
     assert set(sc.ops.__all__) == OPS
     assert set(sc.nn.__all__) == NN
     assert set(sc.sparse.__all__) == SPARSE
+    assert set(sc.distill.__all__) == DISTILL
     for name in PUBLIC:
         assert getattr(sc, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'creat_model'"):
@@ -70,7 +72,7 @@ def test_import_brings_nothing_heavy_beyond_torch_and_timm():
     assert [name for name in HEAVY if name in new] == []
 
 
-@pytest.mark.parametrize("verb", ["", "train", "eval", "count", "convert", "list", "demo", "doctor"])
+@pytest.mark.parametrize("verb", ["", "train", "eval", "report", "bench", "count", "convert", "list", "demo", "doctor"])
 def test_the_command_answers_help_without_torch(verb):
     argv = [word for word in ("shiftconv", verb, "--help") if word]
     code = f"import sys; sys.argv = sys.orig_argv = {argv}\nfrom shiftconv.cli import main\n"

@@ -39,10 +39,8 @@ def _mistake(error: ArgumentError, parser: "ArgumentParser") -> str:
     if wrong := re.search(r"unrecognized arguments: --([^\s=]+)|[Oo]ption '([^']+)'", text):
         name = wrong[1] or wrong[2]
         last = {option.rpartition(".")[2]: option for option in options}  # of short names more are alike by accident
-        if end := closest(name, last, cutoff=0.7):
-            close = last[end] if wrong[1] else end  # in a file it stands below its mapping
-        else:
-            close = closest(name, options)
+        close = closest(name, last, cutoff=0.7)
+        close = closest(name, options) if close is None else last[close] if wrong[1] else close  # a file has mappings
         hint = f"did you mean {close}?" if close else "an argument of the network goes as --model_args.NAME"
         return f"unknown option {name}; {hint}" if close or "model_args" in options else f"unknown option {name}"
     return text

@@ -80,6 +80,7 @@ def evaluate(
     image_size: int | None = None,
     split: Literal["train", "val", "test"] = "test",
     batch_size: int = 256,
+    ema: bool = False,
     device: str | None = None,
 ) -> None:
     """Evaluate a checkpoint: ours, a released .t7, .pth or .safetensors; the network is read from the file.
@@ -91,6 +92,7 @@ def evaluate(
         image_size: side of the images in pixels; that of the checkpoint's own run, or of the data set, unless given.
         split: which part of the data set.
         batch_size: images at a time.
+        ema: take the averaged weights of the file.
         device: cpu, cuda, cuda:1 ...; the GPU when there is one unless given.
     """
     from shiftconv.models.convert import load_checkpoint, read_checkpoint
@@ -112,7 +114,7 @@ def evaluate(
         raise ValueError(f"{checkpoint} does not say what it was trained on; name it: --data {names}")
     given = {"folder": str(folder) if folder else None, "image_size": image_size}
     given = {name: value for name, value in given.items() if value is not None}
-    model = load_checkpoint(None, checkpoint).to(picked)
+    model = load_checkpoint(None, checkpoint, ema).to(picked)
     images = open_data(replace(settings, augment=False, **given))
     classes = getattr(model, "num_classes", images.num_classes)  # timm's networks have it, and may be others
     if classes != images.num_classes:

@@ -30,8 +30,14 @@ _TAGS = ("image-classification", "timm", "shiftconv")
 _ON_THE_HUB = ("cifar10", "cifar100")  # data sets that have this name there too
 # timm leaves drop rates out, and reads the others off the network, which may have another head by now.
 _NOT_SAVED = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate")
-_NOT_TOLD = ("model", "data.folder", "data.workers", "tensorboard")  # of a recipe: they change no number
-_CENTRE = {"folder": 0.875}  # share of the side that is looked at, where it is not the whole image
+# Settings of a recipe that change no number.
+_NOT_TOLD = ("model", "data.folder", "data.workers", "save_minutes", "tensorboard", "loggers")
+_WHOLE = ("digits", "cifar10", "cifar100")  # data whose images are looked at whole
+_OFF = {  # parts of a recipe that do nothing, by what they hold
+    "sparse": lambda part: part.get("density", 1) == 1,
+    "distill": lambda part: not part.get("teacher"),
+    "mix": lambda part: not (part.get("mixup") or part.get("cutmix") or part.get("cutmix_minmax")),
+}
 
 
 def save_for_hub(
@@ -201,18 +207,24 @@ class _Run:
         if trained != architecture:
             raise ValueError(f"the run in {self.path.parent} trained {trained}, not {architecture}")
         ours = network.state_dict()
-        states = [state for state in self.best.values() if isinstance(state, Mapping) and state.keys() == ours.keys()]
-        if self.best and not any(_equal(ours, state) for state in states):
-            best = self.path.with_name("best.pt")
-            raise ValueError(f"the network has not the weights of {best}, whose figures the card would tell; load them")
+        averaged = bool(self.result.get("averaged"))
+        state = self.best.get("ema" if averaged else "model", {})
+        if self.best and not (state.keys() == ours.keys() and _equal(ours, state)):
+            what, how = ("averaged weights", " with ema=True") if averaged else ("weights", "")
+            whose = f"{what} of {self.path.with_name('best.pt')}"
+            raise ValueError(f"the network has not the {whose}, whose figures the card would tell; load them{how}")
 
     def data_config(self) -> dict[str, Any] | None:
         """How timm is to prepare images, as the run did."""
         if not self.data:
             return None
-        side, crop = self.data["image_size"], _CENTRE.get(self.data["name"], 1.0)
-        norm = dict(mean=self.data["mean"], std=self.data["std"])
-        return dict(input_size=(3, side, side), crop_pct=crop, interpolation="bilinear", **norm)
+        side = self.data["image_size"]
+        common = dict(input_size=(3, side, side), mean=self.data["mean"], std=self.data["std"])
+        if self.data["name"] in _WHOLE:
+            return dict(crop_pct=1.0, interpolation="bilinear", **common)
+        crop = self.recipe.get("data", {}).get("crop_share", 0.875)
+        mode = "squash" if side >= 384 and crop == 1 else "center"
+        return dict(crop_pct=crop, crop_mode=mode, interpolation="bicubic", **common)
 
 
 def _read_run(run: str | Path) -> _Run:
@@ -322,7 +334,8 @@ def _settings(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in recipe.items():
         name = prefix + key
         if isinstance(value, Mapping):
-            lines |= {} if name == "model_args" else _settings(value, f"{name}.")
+            off = name == "model_args" or (name in _OFF and _OFF[name](value))
+            lines |= {} if off else _settings(value, f"{name}.")
         elif value and value != "none" and name not in _NOT_TOLD:
             lines[name] = value
     return lines

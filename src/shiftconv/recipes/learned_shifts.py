@@ -62,8 +62,15 @@ def fenet(width: Literal[100, 137]) -> Recipe:
         epochs=480,
         batch_size=1024,
         optim=Optim(
-            "sgd", lr=0.6, momentum=0.9, nesterov=True, weight_decay=4e-5, schedule="cosine", min_lr=1e-5,
-            offset_decay=4e-5, freeze_offsets_after=0.5,
+            "sgd",
+            lr=0.6,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=4e-5,
+            schedule="cosine",
+            min_lr=1e-5,
+            offset_decay=4e-5,
+            freeze_offsets_after=0.5,
         ),
     )
 

@@ -60,7 +60,7 @@ class Result:
     averaged: bool = False
 
     def __str__(self) -> str:
-        lines = [f"best epoch {self.best_epoch}" + (" (averaged weights)" * self.averaged) + f"  {self.checkpoint}"]
+        lines = [f"best epoch {self.best_epoch}" + " (averaged weights)" * self.averaged + f"  {self.checkpoint}"]
         lines.append(f"val   {self.val}")
         return "\n".join(lines + ([f"test  {self.test}"] if self.test else []))
 

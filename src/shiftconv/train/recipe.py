@@ -24,8 +24,6 @@ class Recipe:
     Attributes:
         model: Name of the network, as ``shiftconv list`` shows it, or of any other network of timm.
         model_args: Arguments of the network, such as expansion; the number of classes comes from the data.
-        weights: A checkpoint, ours or a released one, to start from; a head for other classes is left out.
-        head_scale: What the head's first weights are multiplied by.
         data: The images.
         epochs: How often every training image is seen.
         batch_size: Images per update of the weights, on all devices together.
@@ -34,6 +32,8 @@ class Recipe:
         optim: The optimiser and its learning rate.
         sparse: Which weights are zero.
         distill: A teacher to learn from.
+        weights: A checkpoint, ours or a released one, to start from; a head for other classes is left out.
+        head_scale: What the head's first weights are multiplied by.
         loss: ce (cross entropy) or bce (binary cross entropy of each class, summed; Wightman et al. 2021).
         label_smoothing: Share of the target that is spread over all classes.
         mix: Two training images in one.
@@ -53,8 +53,6 @@ class Recipe:
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
-    head_scale: float = 1.0
     data: Data = field(default_factory=Data)
     epochs: int = 100
     batch_size: int = 128
@@ -62,6 +60,8 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     sparse: Sparsity = field(default_factory=Sparsity)
     distill: Distillation = field(default_factory=Distillation)
+    weights: str | None = None
+    head_scale: float = 1.0
     loss: Loss = "ce"
     label_smoothing: float = 0.0
     mix: Mix = field(default_factory=Mix)

@@ -36,7 +36,7 @@ class Data:
         val_split: Timm's prefixes: name of the validation part.
         image_size: Side of the square images in pixels; none: 32 for digits and CIFAR, 224 for the others.
         workers: Processes that read images; none: 0 for digits and CIFAR, which stay in memory, 2 for the others. The
-            numbers of a run do not depend on it.
+            numbers of a run do not depend on it, but of streams (hfids/, wds/, tfds/).
         val_share: Share of the training images put aside for validation, where the data set has no validation split.
         augment: Change the training images at random: crops, mirroring where flip allows it, and all that follows.
         flip: Mirror half of the training images; none: yes, but for digits.
@@ -44,7 +44,8 @@ class Data:
         crop_share: Share of the side of a validation image that is looked at; not for digits and CIFAR.
         interpolation: How training images are resized; not for digits and CIFAR.
         mean: Which mean and deviation images are normalised with, imagenet's or inception's; not for digits and CIFAR.
-        color_jitter: How far brightness, contrast and saturation move; not with auto_augment.
+        color_jitter: How far brightness, contrast and saturation move; not with auto_augment, and not for digits
+            and CIFAR.
         auto_augment: RandAugment and its like as timm writes them, such as rand-m9-mstd0.5-inc1; none: none.
         erase_prob: Share of the training images of which a rectangle is erased.
         erase_mode: What comes in its place: const (black), rand (one random colour), pixel (noise).

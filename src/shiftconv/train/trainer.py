@@ -187,7 +187,7 @@ class Trainer:
         return [("val", self.model)] + ([] if self.ema is None else [("ema", self.ema.module)])
 
     def rank(self, row: dict[str, Any]) -> tuple[float, float]:
-        """By what an epoch is better than another: its better weights' first score, and by their loss as ties are many."""
+        """By what an epoch is better than another: its better weights' first score, then their loss."""
         return max(_rank(row, part, self.task) for part, _ in self._evaluated())
 
     def average_is_better(self, row: dict[str, Any]) -> bool:
