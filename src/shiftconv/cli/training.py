@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shiftconv.cli.verbs import line
 from shiftconv.options import parse, spell
@@ -80,7 +80,11 @@ def run_train(argv: list[str]) -> None:
     parser.add_class_arguments(Recipe, as_group=True)
     name, argv, given = _defaults(parser, argv)
     parsed = parse(parser, spell([_whole(word) for word in given], "train", train))
-    recipe = Recipe(**{f.name: parsed[f.name] for f in fields(Recipe)})
+    _start(parsed, Recipe(**{f.name: parsed[f.name] for f in fields(Recipe)}), name, argv)
+
+
+def _start(parsed: Any, recipe: "Recipe", name: str, argv: list[str]) -> None:
+    """Train here, in several processes, or in a job."""
     out = parsed.out or Path("runs") / name
     if parsed.slurm:
         kept = _without(argv, ("out", "resume", "job"))

@@ -1,10 +1,16 @@
 """Where a run computes, and how exactly."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 import torch
 from torch.utils._pytree import tree_map
@@ -56,6 +62,15 @@ class Compute:
     def autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp != "none")
+
+    def memory(self) -> int:
+        """The most memory that was taken so far, in bytes: of the GPU, or by this process; 0 where nobody tells."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
     def move(self, values: Any) -> Any:
         """Tensors, also those in lists and dicts, on the device; images ``[B, C, H, W]`` in the memory format."""

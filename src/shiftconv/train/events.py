@@ -24,15 +24,20 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """So far in this epoch (counted from 1) of training, or in this evaluation; sent a few times per second."""
+    """So far in this epoch (counted from 1) of training, or in this evaluation; sent a few times per second.
+
+    ``score`` is the task's first one, of a classifier its accuracy; ``memory`` the most that was taken, in bytes, of
+    the GPU or else of the machine.
+    """
 
     part: str
     epoch: int
     step: int
     steps: int
     loss: float
-    accuracy: float
+    score: float
     images_per_second: float
+    memory: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """Showing a run: a live bar in a terminal, one plain line per epoch elsewhere."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from shiftconv.train.events import EpochDone, Event, Note, Started, Step
 
-ROW = (
-    "{epoch:>{width}}/{epochs}  train {train_loss:.4f} {train_accuracy:7.2%}  val {val_loss:.4f} {val_accuracy:7.2%}"
-    "  lr {lr:.2e}  {images_per_second:,.0f} images/s  {seconds:.1f} s"
-)
+ROW = "{epoch:>{width}}/{epochs}  {parts}  lr {lr:.2e}  {images_per_second:,.0f} images/s  {seconds:.1f} s"
 
 
 class RichProgress:
@@ -30,7 +29,8 @@ class RichProgress:
             self._line(_headline(event))
         elif isinstance(event, EpochDone):
             width, mark = len(str(event.epochs)), "  best" if event.is_best else ""
-            self._line("epoch " + ROW.format(**event.row, epochs=event.epochs, width=width) + mark)
+            parts = "  ".join(_part(event.row, part) for part in ("train", "val", "ema") if f"{part}_loss" in event.row)
+            self._line("epoch " + ROW.format(**event.row, parts=parts, epochs=event.epochs, width=width) + mark)
         elif isinstance(event, Note):
             self._line(f"note: {event.text}")
         else:
@@ -62,9 +62,21 @@ class RichProgress:
             self._task = self._bar.add_task("", total=1, figures="")
         assert self._task is not None
         name = f"epoch {event.epoch}" if event.epoch else event.part
-        figures = f"loss {event.loss:.4f}  {event.accuracy:.2%}  {event.images_per_second:,.0f} images/s"
+        figures = f"loss {event.loss:.4f}  {_score(event.score)}  {event.images_per_second:,.0f} images/s"
+        if event.memory:
+            figures += f"  {event.memory / 2**30:.1f} GiB"
         total = max(event.steps, event.step)
         self._bar.update(self._task, description=name, completed=event.step, total=total, figures=figures)
+
+
+def _part(row: dict[str, Any], part: str) -> str:
+    """Loss and first score of a part, as ``val 0.1234  98.76%``."""
+    scores = [value for name, value in row.items() if name.startswith(f"{part}_") and name != f"{part}_loss"]
+    return " ".join([part, f"{row[f'{part}_loss']:.4f}", *(f"{_score(score):>7}" for score in scores[:1])])
+
+
+def _score(score: float) -> str:
+    return f"{score:.2%}" if 0 <= score <= 1 else f"{score:.4f}"
 
 
 def _headline(event: Started) -> str:
