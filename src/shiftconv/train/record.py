@@ -62,9 +62,9 @@ class Record:
 
     @property
     def scores(self) -> list[str]:
-        """Names of the numbers on validation images of which more is better, such as ``val_accuracy``."""
+        """Names of the numbers on validation images that judge it, more being better, such as ``val_accuracy``."""
         keys = dict.fromkeys(key for row in self.rows for key in row)
-        return [key for key in keys if key.startswith(("val_", "ema_")) and not key.endswith("loss")]
+        return [key for key in keys if key.startswith(("val_", "ema_")) and not key.endswith(("loss", "top5"))]
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """The epochs that have a number of this name, and these numbers; they may be infinite or NaN."""

@@ -13,10 +13,13 @@ DASH = "-"
 _TITLES = {
     "train_loss": "training loss",
     "train_accuracy": "training accuracy",
+    "train_top5": "training top-5 accuracy",
     "val_loss": "validation loss",
     "val_accuracy": "validation accuracy",
+    "val_top5": "validation top-5 accuracy",
     "ema_loss": "averaged weights' loss",
     "ema_accuracy": "averaged weights' accuracy",
+    "ema_top5": "averaged weights' top-5 accuracy",
     "lr": "learning rate",
     "top1": "accuracy",
 }
