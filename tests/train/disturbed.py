@@ -83,7 +83,7 @@ def train(program, *arguments, at="", do="", prefix=()):
 
 def told(lines):
     """The lines of stderr that are no headline, epoch or note of a run that goes on as it should."""
-    return [line for line in lines if line.startswith("shiftconv: ") or line.startswith("Traceback")]
+    return [line for line in lines if line.startswith(("shiftconv: ", "Traceback"))]
 
 
 def notes(lines):

@@ -12,7 +12,7 @@ from shiftconv.cli.training import run_train, summary, train, verb_parser
 from shiftconv.cli.verbs import line
 from shiftconv.names import unknown
 from shiftconv.options import parse, spell
-from shiftconv.train.endings import INTERRUPTED, ElsewhereError, Stopped
+from shiftconv.train.endings import FAILED, INTERRUPTED, ElsewhereError, Stopped
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _complain("", str(stopped))
         sys.exit(stopped.status)
     except ElsewhereError:
-        sys.exit(2)
+        sys.exit(FAILED)
     except BrokenPipeError:  # the reader of our output has gone, as in `shiftconv list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # a person sees one line, whatever it was
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(error, ValueError | TypeError | ImportError | OSError | RuntimeError):
             text = f"{type(error).__name__}: {text} (unexpected; SHIFTCONV_TRACEBACK=1 shows where)"
         _complain("error: ", text)
-        sys.exit(getattr(error, "status", 2))  # a launched process's own
+        sys.exit(getattr(error, "status", FAILED))  # a launched process's own
 
 
 def _complain(kind: str, text: str) -> None:

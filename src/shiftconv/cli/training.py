@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from shiftconv.cli.verbs import line
 from shiftconv.options import parse, spell
-from shiftconv.train.launch import launch
+from shiftconv.train.endings import FAILED
+from shiftconv.train.launch import ProcessFailed, launch
 from shiftconv.train.slurm import Job, submit
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ def train(
     """
     from shiftconv.train.loop import train as run
     from shiftconv.train.progress import RichProgress
+    from shiftconv.train.ranks import environment_ranks
 
     del gpus, max_restarts, slurm  # whoever started this process has heeded them
     result = run(recipe, out or Path("runs") / name, resume=resume, device=device, progress=RichProgress())
-    if os.environ.get("RANK", "0") == "0":
+    if environment_ranks().first:
         line(str(result))
 
 
@@ -90,11 +92,21 @@ def _start(parsed: Any, recipe: "Recipe", name: str, argv: list[str]) -> None:
         kept = _without(argv, ("out", "resume", "job"))
         line(f"submitted job {submit(parsed.job, ['train', *kept], out)}; its output is in {out}")
     elif parsed.gpus is not None and "RANK" not in os.environ:
-        status = launch(parsed.gpus, ["train", *_without(argv, ())], parsed.max_restarts)
+        status = _launched(parsed.gpus, ["train", *_without(argv, ())], parsed.max_restarts)
         if status:
             sys.exit(status)
     else:
         train(recipe, name, out=out, resume=parsed.resume, device=parsed.device)
+
+
+def _launched(processes: int, arguments: list[str], max_restarts: int) -> int:
+    """The exit status; what a process has told itself is not told again."""
+    try:
+        return launch(processes, arguments, max_restarts)
+    except ProcessFailed as failed:
+        if failed.status != FAILED:
+            raise
+        return failed.status
 
 
 def _defaults(parser: "ArgumentParser", argv: list[str]) -> tuple[str, list[str], list[str]]:

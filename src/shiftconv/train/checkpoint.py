@@ -40,7 +40,8 @@ class Checkpoint:
         scheduler: state dict of the learning rate's schedule.
         scaler: state dict of the gradient scaler; empty where there is none.
         epoch: finished epochs.
-        metrics: ``history``, one row per finished epoch, and ``best_epoch``, the epoch of the best validation accuracy.
+        metrics: ``history``, one row per finished epoch, ``best_epoch``, the epoch of the best validation score, and
+            ``bad_images``, those skipped so far and why.
         recipe: ``Recipe.to_dict()``.
         data: name, class names, mean, std and image size of the data set.
         sparse: state dict of the sparse training; empty where there is none.
@@ -186,7 +187,7 @@ def _check(values: dict[str, Any]) -> None:
         raise ValueError(f"its epoch is {epoch}, its history has {len(history)} rows, and its best epoch is {best}")
     for number, row in enumerate(history, start=1):
         _kind("a row of metrics.history", row, dict)
-        figures = [row.get(name) for name in ("epoch", "val_loss", "val_accuracy")]
+        figures = [row.get(name) for name in ("epoch", "val_loss")]
         if figures[0] != number or not all(isinstance(x, int | float) and isfinite(x) for x in figures):
             raise ValueError(f"row {number} of its history is {row}")
     _kind("data.class_names", values.get("data", {}).get("class_names", []), list)

@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from shiftconv.distill import MGD, FeatureLoss, dist, kd, nkd
 from shiftconv.models import create_model
@@ -50,12 +52,16 @@ class FromTeacher(Classification):
         network: gives logits ``[N, K]``.
         teacher: gives as many.
         recipe: its ``distill`` has the losses and their weights.
-        image_size: of the images, to find out how many channels the feature maps have.
+        image_size: of the images; the teacher is tried with one, and it tells how many channels feature maps have.
+
+    Raises:
+        ValueError: if the teacher cannot take such images, or a network has no feature maps where they are wanted.
     """
 
     def __init__(self, network: nn.Module, teacher: Teacher, recipe: Recipe, image_size: int) -> None:
         super().__init__(network, recipe.loss, recipe.label_smoothing)
-        self._teacher, self._settings = teacher, recipe.distill
+        self._teacher, self._settings, self._gathers = teacher, recipe.distill, False
+        _try(teacher, image_size)
         if recipe.distill.features != "none":
             device = teacher.compute.device
             channels = [_channels(each, image_size, device) for each in (network, teacher.network)]
@@ -63,6 +69,10 @@ class FromTeacher(Classification):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with_map = self._settings.features != "none"
+        if with_map and isinstance(self.network, FSDPModule) and not self._gathers:
+            for name in ("forward_intermediates", "forward_head"):  # else only a call of the network gathers its pieces
+                register_fsdp_forward_method(self.network, name)
+            self._gathers = True
         known, wanted = self._teacher.look(inputs, with_map)
         logits, found = _look(self.network, inputs, with_map)
         loss = self._on_logits(logits, known, targets)
@@ -102,25 +112,51 @@ def create_teacher(recipe: Recipe, classes: int, normalisation: Normalisation, c
     """The teacher of a recipe.
 
     Raises:
-        ValueError: if its checkpoint does not fit it, or it has other classes.
-        RuntimeError: if timm has no pretrained weights of it.
+        ValueError: if its checkpoint does not fit it, it has other classes, or its precision needs another device.
+        FileNotFoundError: if its checkpoint is not there.
+        RuntimeError: if timm has no pretrained weights of it, or they cannot be had.
     """
     settings = recipe.distill
     assert settings.teacher is not None
     amp = compute.amp if settings.teacher_amp == "same" else settings.teacher_amp
+    if amp == "fp16" and compute.device.type != "cuda":
+        raise ValueError(f"distill.teacher_amp 'fp16' needs a CUDA device, got {compute.device}; use 'bf16' or 'none'")
     exact = replace(compute, amp=amp)
     args: dict[str, Any] = {"num_classes": classes, **settings.teacher_args}
+    if settings.logits != "none" and args["num_classes"] != classes:
+        asked, data = args["num_classes"], recipe.data.name
+        raise ValueError(f"distill.teacher_args.num_classes is {asked}, but the data {data} has {classes} classes")
     if settings.teacher_checkpoint is not None:
         network = load_checkpoint(create_model(settings.teacher, **args), settings.teacher_checkpoint)
         return Teacher(network, exact, None)  # it has seen images as ours are
+    return Teacher(_pretrained(settings, args, classes), exact, normalisation)
+
+
+def _pretrained(settings: Distillation, args: dict[str, Any], classes: int) -> nn.Module:
+    """The teacher with timm's weights."""
+    name = settings.teacher
+    assert name is not None
+    registered = None if ":" in name else timm.get_pretrained_cfg(name)
+    if registered is not None and registered.has_weights:  # before they are downloaded
+        _check_classes(settings, registered.num_classes, classes)
     try:
-        network = create_model(settings.teacher, pretrained=True, **args)
+        network = create_model(name, pretrained=True, **args)
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"the teacher {settings.teacher} has no weights here ({' '.join(str(error).split())[:160]}); name a file "
+            f"the teacher {name} has no weights here ({' '.join(str(error).split())[:160]}); name a file "
             "with --teacher-checkpoint"
         ) from None
-    return Teacher(network, exact, normalisation)
+    _check_classes(settings, getattr(network, "pretrained_cfg", {}).get("num_classes"), classes)
+    return network
+
+
+def _check_classes(settings: Distillation, known: int | None, classes: int) -> None:
+    """Raise unless the teacher's weights are for these classes: timm would give it a new head, which knows nothing."""
+    if settings.logits != "none" and known not in (None, classes):
+        raise ValueError(
+            f"timm's weights of the teacher {settings.teacher} are for {known} classes, the data has {classes}; name a "
+            "file of one for these with --teacher-checkpoint, or set distill.logits to none to learn from its maps"
+        )
 
 
 def _look(network: nn.Module, images: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None]:
@@ -128,6 +164,19 @@ def _look(network: nn.Module, images: Tensor, with_map: bool) -> tuple[Tensor, T
         return network(images), None
     last, maps = network.forward_intermediates(images, indices=1)  # pyright: ignore[reportCallIssue]
     return network.forward_head(last), maps[-1]  # pyright: ignore[reportCallIssue]
+
+
+def _try(teacher: Teacher, image_size: int) -> None:
+    """Let the teacher look at one black image."""
+    images = torch.zeros(1, 3, image_size, image_size, device=teacher.compute.device)
+    try:
+        teacher.look(images, with_map=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a network may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        name = type(teacher.network).__name__
+        raise ValueError(f"the teacher {name} cannot take an image of shape {list(images.shape)}: {reason}") from error
 
 
 def _channels(network: nn.Module, image_size: int, device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """How a run ends before it is done, other than by an error of its own. Imports no torch, so the command line can."""
 
 STOPPED = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL: try again later)
+FAILED = 2  # that of one with an error, which it has told in one line
 INTERRUPTED = 130  # that of one stopped by Ctrl-C, as of any program
 
 

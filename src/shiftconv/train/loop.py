@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from shiftconv.train.evaluation import Metrics
 from shiftconv.train.events import Ended, EpochDone, Note, Progress, Started, silent
 from shiftconv.train.loggers import open_loggers
 from shiftconv.train.parallel import first_does
-from shiftconv.train.ranks import Ranks, StopRequest, barrier, environment_ranks, joined, own_device, sum_over
+from shiftconv.train.ranks import Ranks, StopRequest, barrier, environment_ranks, joined, launcher, own_device, sum_over
 from shiftconv.train.recipe import Recipe
 from shiftconv.train.run import AUTO, RunFolder
 from shiftconv.train.seed import Stream, derive, seeded
-from shiftconv.train.trainer import MakeTask, Trainer
+from shiftconv.train.trainer import LOOK_EVERY, MakeTask, Trainer
 
-_LOOK_EVERY = 50  # updates between two looks at the clock, which several processes must agree upon
+_CURVES = "the curves for TensorBoard"
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def train(
         recipe: what to do.
         out: the run's folder; see ``RunFolder`` for what it holds.
         resume: none: a new run in a folder without one; ``auto``: go on from the newest good checkpoint in the folder,
-            or start; a path: go on from that checkpoint or that run's folder. What torchrun or Slurm starts anew goes
-            on anyway.
+            or start; a path: go on from that checkpoint or that run's folder. A run that torchrun or Slurm had started
+            and starts anew goes on anyway.
         device: cpu, cuda, cuda:1 ...; none: a GPU if there is one.
         progress: told what goes on; see ``shiftconv.train.events``.
         data: images that are no data set by name; none: those of ``recipe.data``.
@@ -110,7 +111,7 @@ def train(
             stop = stack.enter_context(StopRequest())
             folder = stack.enter_context(RunFolder(Path(out))) if ranks.first else None
             run = _Run(recipe, compute, ranks, folder, stop, tell)
-            return run.go(AUTO if ranks.restarts and resume is None else resume, data, make_task)
+            return run.go(resume, data, make_task)
     except BaseException as caught:
         error = caught
         raise
@@ -139,8 +140,9 @@ class _Run:
         recipe, device = self.recipe, self.compute.device
         start, source = self._start(resume)
         if data is None:
-            first_does(self.ranks, lambda: open_data(recipe.data) and None)  # it may download
-            data = open_data(recipe.data)
+            opened: list[DataSets] = []
+            first_does(self.ranks, lambda: opened.append(open_data(recipe.data)))  # it may download
+            data = opened[0] if opened else open_data(recipe.data)
         with determinism(recipe.deterministic), seeded(derive(recipe.seed, Stream.WEIGHTS), device):
             trainer = Trainer(recipe, data, self.compute, self.tell, self.ranks, make_task, start is not None)
             if start is not None:
@@ -152,7 +154,7 @@ class _Run:
     def _start(self, resume: str | Path | None) -> tuple[Checkpoint | None, Path]:
         def opened() -> tuple[dict[str, Any] | None, str]:
             assert self.folder is not None
-            self._opened = self.folder.open(self.recipe, resume)
+            self._opened = self.folder.open(self.recipe, AUTO if self._begun_before() else resume)
             return None if self._opened is None else vars(self._opened), str(self.folder.source)
 
         values, source = first_does(self.ranks, opened)
@@ -160,12 +162,23 @@ class _Run:
             return self._opened, Path(source)
         return None if values is None else Checkpoint(**values), Path(source)
 
+    def _begun_before(self) -> bool:
+        """Whether the launcher has started all anew, and the run in the folder is the one that it had started."""
+        assert self.folder is not None
+        if not self.ranks.restarts:
+            return False
+        try:
+            starts = json.loads(self.folder.environment.read_text())
+            return starts[-1]["launcher"] == launcher()
+        except (OSError, ValueError, LookupError, TypeError):  # no run, or one that nobody has launched
+            return False
+
     def _begin(self, best_epoch: int) -> int:
         """Make the folder that of this run; gives the epoch whose weights are kept as the best."""
         folder, start = self.folder, self._opened
         assert folder is not None
         folder.begin(self.recipe, start)
-        folder.write_environment(environment(self.ranks, self.compute.device))
+        folder.write_environment({**environment(self.ranks, self.compute.device), "launcher": launcher()})
         self._opened = None
         return best_epoch if start is None else folder.restore_best(start)
 
@@ -212,7 +225,7 @@ class _Run:
 
         def add(row: dict[str, Any]) -> None:
             if curves is not None:
-                curves.add(row)
+                self._attempt(_CURVES, partial(curves.add, row))
             self._tell(trackers.add(row))
 
         failed = True
@@ -224,8 +237,15 @@ class _Run:
             raise
         finally:
             if curves is not None:
-                curves.close()
+                self._attempt(_CURVES, curves.close)
             self._tell(trackers.close(failed))
+
+    def _attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Write what no run needs; if the disk does not take it, a note tells that."""
+        try:
+            write()
+        except OSError as error:
+            self.tell(Note(f"{what} could not be written: {error.strerror or error}"))
 
     def _tell(self, notes: Sequence[str]) -> None:
         for text in notes:
@@ -240,7 +260,7 @@ class _Run:
             self.prepared = True
         due = time.monotonic() - self.saved > 60 * self.recipe.save_minutes
         if self.ranks.world > 1:
-            due = trainer.step % _LOOK_EVERY == 0 and sum_over([due and self.ranks.first], self.ranks)[0] > 0
+            due = trainer.step % LOOK_EVERY == 0 and sum_over([due and self.ranks.first], self.ranks)[0] > 0
         if due:
             self._save(trainer, is_best=False)
             self._tell_notes()
@@ -249,9 +269,9 @@ class _Run:
         checkpoint = trainer.checkpoint()  # all processes give their part
         if self.folder is not None:
             self.folder.save(checkpoint, is_best=is_best)
-            bad = sorted(trainer.loader.bad.items())
-            if bad:
-                files.write(self.folder.bad_images, "".join(f"{path}: {why}\n" for path, why in bad).encode())
+            if trainer.bad:
+                path, lines = self.folder.bad_images, (f"{path}: {why}\n" for path, why in trainer.bad.items())
+                self._attempt("the list of unreadable images", lambda: files.write(path, "".join(lines).encode()))
         self.saved = time.monotonic()
 
     def _stop_if_asked(self, trainer: Trainer, saved: bool) -> None:

@@ -1,5 +1,6 @@
 """One network on many devices: copies that average their gradients (DDP), or pieces (FSDP2), and what they exchange."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ def wrap(task: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     if ranks.world == 1:
         return task
     devices = [device] if device.type == "cuda" else None
+    # Of a depthwise weight [C, 1, k, k] the stride of the axis of length 1 means nothing, but torch compares it.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
 
 
@@ -126,6 +129,12 @@ def weights(module: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(module, options=_WHOLE) if _in_pieces(module) else module.state_dict()
 
 
+def finite(module: nn.Module, state: dict[str, Any]) -> bool:
+    """Whether all parameters of a module in its state dict are finite numbers."""
+    own = (state[name] for name, _ in module.named_parameters() if name in state)
+    return all(bool(weight.isfinite().all()) for weight in own)
+
+
 def load_weights(module: nn.Module, state: dict[str, Any]) -> None:
     """Load what ``weights`` gave, whatever the number of processes was."""
     if _in_pieces(module):
@@ -190,6 +199,20 @@ def first_does(ranks: Ranks, function: Callable[[], T]) -> T:
     if message is not None:
         raise ElsewhereError(message)
     return _broadcast(value, ranks)
+
+
+def merged(values: dict[str, str], ranks: Ranks) -> dict[str, str]:
+    """The entries of all processes' dicts, in order of their keys, on all of them.
+
+    Raises:
+        LostRank: if another process is gone.
+    """
+    parts = [values]
+    if ranks.world > 1:
+        parts *= ranks.world
+        with peers():
+            dist.all_gather_object(parts, values)
+    return dict(sorted(entry for part in parts for entry in part.items()))
 
 
 def _broadcast(value: Any, ranks: Ranks) -> Any:

@@ -102,6 +102,14 @@ def _whole(env: Mapping[str, str], name: str, default: str | None = None) -> int
     return int(text)
 
 
+def launcher(env: Mapping[str, str] = os.environ) -> str | None:
+    """What is the same for all that one torchrun, or one job of Slurm, starts, and starts anew; none: nobody did."""
+    if "TORCHELASTIC_RUN_ID" in env:
+        name = env["TORCHELASTIC_RUN_ID"]
+        return f"torchrun {os.getppid() if name == 'none' else name}"  # none: one was not asked for
+    return f"slurm {env['SLURM_JOB_ID']}" if "SLURM_STEP_ID" in env and "SLURM_JOB_ID" in env else None
+
+
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     """Where this process computes: on the CPU, or on the GPU that has its local rank's number.
 

@@ -48,7 +48,7 @@ class Recipe:
         compile: Compile the network with torch.compile.
         save_minutes: Write a checkpoint within an epoch after so many minutes; one is written after each epoch anyway.
         tensorboard: Write curves for TensorBoard into the run's folder.
-        loggers: Send the curves to these, too: wandb, mlflow, trackio.
+        loggers: Send the curves to one of these, too, or to a list of them: wandb, mlflow, trackio.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Recipe:
     compile: bool = False
     save_minutes: float = 10.0
     tensorboard: bool = True
-    loggers: tuple[Logger, ...] = ()
+    loggers: tuple[Logger, ...] | Logger = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -101,8 +101,9 @@ class Recipe:
         number("save_minutes", self.save_minutes, above=0)
         names = ("sync_batch_norm", "deterministic", "channels_last", "compile", "tensorboard")
         flags("recipe", **{name: getattr(self, name) for name in names})
-        object.__setattr__(self, "loggers", tuple(self.loggers))  # YAML has lists only
-        for logger in self.loggers:
+        names = (self.loggers,) if isinstance(self.loggers, str) else tuple(self.loggers)  # YAML has lists only
+        object.__setattr__(self, "loggers", names)
+        for logger in names:
             one_of("logger", logger, Logger)
         self._check_together()
 

@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
@@ -20,8 +19,10 @@ from shiftconv.train.data import DataSets, Split
 from shiftconv.train.data.loader import MicroBatch
 from shiftconv.train.data.share import Share
 from shiftconv.train.device import Compute
+from shiftconv.train.endings import ElsewhereError
 from shiftconv.train.evaluation import Meter, Metrics, figures, measure
 from shiftconv.train.events import Note, Progress, Step, silent
+from shiftconv.train.mixing import Mixer
 from shiftconv.train.network import create_network, model_args, try_network
 from shiftconv.train.optim import Schedules, create_optimizer
 from shiftconv.train.ranks import Ranks, peers, sum_over
@@ -31,6 +32,7 @@ from shiftconv.train.sparsity import create_sparse
 from shiftconv.train.task import Classification, Task
 
 MakeTask = Callable[[Recipe, nn.Module], Task]
+LOOK_EVERY = 50  # updates between two moments at which several processes agree on what each sees by itself
 
 
 class Diverged(RuntimeError):
@@ -53,6 +55,7 @@ class Trainer:
         history: one row per finished epoch.
         best_epoch: whose row is the best, counted from 1; 0: there is none.
         step: updates that are done in the unfinished epoch.
+        bad: images that were skipped because they cannot be read, and why; of all processes after each epoch.
         after_update: called after each update but the last of an epoch; may ask for a checkpoint, or raise.
     """
 
@@ -72,20 +75,23 @@ class Trainer:
         self.best_epoch = self.step = 0
         self.after_update: Callable[[], None] = lambda: None
         self._meter_before: dict[str, Any] = {}
+        self.bad: dict[str, str] = {}
         self.model_args = model_args(recipe, data.num_classes)
-        self.model = create_network(recipe, self.model_args).to(self.device)
+        start = replace(recipe, weights=None) if resumes else recipe  # the file is needed once
+        self.model = create_network(start, self.model_args).to(self.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if make_task is None:
             try_network(self.model, recipe.model, data.image_size, data.num_classes, compute)
-        self.task = (make_task or self._classification)(recipe, self.model)
+        self.task = (make_task or self._classification)(recipe, self.model).to(self.device)
+        self.model = self.task.network  # of another task the recipe's network may be a part
         self.ema = None if recipe.ema_decay is None else self._average(recipe.ema_decay)
         self.net = self._prepare()
         self.optimizer = create_optimizer(self.model, recipe.optim, self.task.beside.values())
         self.loader = self._loader("train")
         self.schedules = Schedules(self.optimizer, recipe.optim, recipe.epochs, len(self.loader))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.mixer = self._mixer() if recipe.mix.on else None
+        self.mixer = Mixer(recipe, data.num_classes, self.ranks.rank) if recipe.mix.on else None
         first = None if resumes or recipe.sparse.density == 1 else self._first_images()
         self.sparse = create_sparse(self.model, self.optimizer, recipe, len(self.loader), first)
 
@@ -123,19 +129,6 @@ class Trainer:
         loader.tell = lambda text: self.tell(Note(text))
         return loader
 
-    def _mixer(self) -> Mixup:
-        mix = self.recipe.mix
-        return Mixup(
-            mixup_alpha=mix.mixup,
-            cutmix_alpha=mix.cutmix,
-            cutmix_minmax=None if mix.cutmix_minmax is None else list(mix.cutmix_minmax),
-            prob=mix.prob,
-            switch_prob=mix.switch_prob,
-            mode=mix.mode,
-            label_smoothing=self.recipe.label_smoothing,
-            num_classes=self.data.num_classes,
-        )
-
     def _first_images(self) -> Any:
         """The same on every process, for they choose the masks; no more than one device takes at a time."""
         size = self.recipe.micro_batch_size or -(-self.recipe.batch_size // self.ranks.world)
@@ -156,7 +149,7 @@ class Trainer:
         """Train on every image once, or what is left of it, validate, and add a row to the history.
 
         Raises:
-            Diverged: if the loss is no finite number any more.
+            Diverged: if the loss is no finite number any more; of several processes the first one tells it.
             LostRank: if another process is gone.
         """
         epoch = self.finished
@@ -170,9 +163,10 @@ class Trainer:
             self._check(metrics.loss, "validation loss", epoch)
             row |= _row(part, metrics)
         row |= {"lr": self.lr, "images_per_second": train.images_per_second, "seconds": seconds}
-        skipped, restarts = sum_over([len(self.loader.bad), self.loader.restarts], self.ranks)
-        if skipped or restarts:
-            row |= {"skipped_images": int(skipped), "restarted_workers": int(restarts)}
+        self._find_bad()
+        (restarts,) = sum_over([self.loader.restarts], self.ranks)
+        if self.bad or restarts:
+            row |= {"skipped_images": len(self.bad), "restarted_workers": int(restarts)}
         if self.sparse is not None:
             masks = self.sparse.report()
             row |= {"density": masks.density, "explored": masks.explored}
@@ -214,8 +208,11 @@ class Trainer:
             self.step += 1
             if meter.due() or self.step == updates:
                 now = meter.read()
-                self._check(now.loss, "training loss", epoch, self.step)
-                self.tell(Step("train", epoch + 1, self.step, updates, *self._all(figures(now))))
+                if self.ranks.world == 1:
+                    self._check(now.loss, "training loss", epoch, self.step)
+                self.tell(Step("train", epoch + 1, self.step, updates, *self._all(figures(now)), self.compute.memory()))
+            if self.ranks.world > 1 and (self.step == updates or self.step % LOOK_EVERY == 0):
+                self._check(meter.read(self._gather).loss, "training loss", epoch, self.step)
             if self.step < updates:
                 self.after_update()
         return meter.read(self._gather), meter.seconds
@@ -227,10 +224,8 @@ class Trainer:
     def _backward(self, micro: MicroBatch, epoch: int, number: int) -> None:
         inputs, labels = self.compute.move(micro.images), self.compute.move(micro.labels)
         targets = labels
-        if self.mixer is not None:  # one weight for all of an update, on all processes, unless each image has its own
-            own = () if self.recipe.mix.mode == "batch" else (self.ranks.rank, number)
-            np.random.seed(derive(self.recipe.seed, Stream.MIX, epoch, self.step, *own))  # noqa: NPY002 - timm's
-            inputs, targets = self.mixer(inputs, labels)
+        if self.mixer is not None:
+            inputs, targets = self.mixer(inputs, labels, epoch, self.step, number)
         with peers(), parallel.gradients_stay(self.net, not micro.ends):
             with self.compute.autocast():
                 loss, outputs = self.net(inputs, targets)
@@ -254,13 +249,25 @@ class Trainer:
                 self.ema.update(self.model)
 
     def _check(self, loss: float, what: str, epoch: int, step: int | None = None) -> None:
+        """Raise Diverged if the loss, which all processes must have in common, is no finite number."""
         if not math.isfinite(loss):
             where = f"epoch {epoch + 1}" + (f", step {step}" if step else "")
-            kept = f"the last good checkpoint, after epoch {epoch}, is untouched" if epoch else "there is no checkpoint"
-            raise Diverged(
-                f"the {what} became {loss} in {where} at learning rate {self.lr:.3g}; lower optim.lr or set clip_grad; "
-                f"{kept}"
-            )
+            kept = f"the last good checkpoint, after epoch {epoch}, is untouched" if epoch else "no epoch has ended"
+            text = f"the {what} became {loss} in {where} at learning rate {self.lr:.3g}; "
+            text += f"lower optim.lr or set clip_grad; {kept}"
+            raise Diverged(text) if self.ranks.first else ElsewhereError(text)
+
+    def _check_state(self, weights: dict[str, Any]) -> None:
+        """Raise Diverged for a state within an epoch, which no validation has looked at, that must not be saved."""
+        loss = self._meter.read(self._gather).loss
+        (found,) = sum_over([self.ranks.first and not parallel.finite(self.model, weights)], self.ranks)
+        self._check(math.nan if found else loss, "training loss", self.finished, self.step)
+
+    def _find_bad(self) -> None:
+        """Add up what all processes could not read."""
+        own = {str(path): reason for path, reason in self.loader.bad.items()}
+        if sum_over([len(own.keys() - self.bad.keys())], self.ranks)[0]:
+            self.bad |= parallel.merged(own, self.ranks)
 
     def _gather(self, values: list[float]) -> list[float]:
         return sum_over(values, self.ranks)
@@ -286,17 +293,21 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on; every process has to ask, and the first one gets all."""
+        weights = parallel.weights(self.model)
+        if self.step:
+            self._check_state(weights)
+            self._find_bad()
         mean, std = self.data.normalisation
         about = dict(class_names=list(self.data.class_names), mean=list(mean), std=list(std))
         return Checkpoint(
             model_name=self.recipe.model,
             model_args=json.loads(json.dumps(self.model_args)),
-            model=parallel.weights(self.model),
+            model=weights,
             optimizer=parallel.moments(self.task, self.optimizer),
             scheduler=self.schedules.state_dict(),
             scaler=self.scaler.state_dict(),
             epoch=self.finished,
-            metrics={"history": self.history, "best_epoch": self.best_epoch},
+            metrics={"history": self.history, "best_epoch": self.best_epoch, "bad_images": self.bad},
             recipe=self.recipe.to_dict(),
             sparse=self.sparse.state_dict() if self.sparse is not None else {},
             data={"name": self.data.name, "image_size": self.data.image_size, **about},
@@ -338,6 +349,7 @@ class Trainer:
                 self.sparse.load_state_dict(start.sparse)
         self.history, self.best_epoch = list(start.metrics["history"]), start.metrics["best_epoch"]
         self.step, self._meter_before = start.step, start.meter
+        self.bad = dict(start.metrics.get("bad_images", {}))
 
     def load_best(self, best: Checkpoint, source: Path) -> bool:
         """Take over the weights of the best epoch; gives whether they are the averaged ones."""

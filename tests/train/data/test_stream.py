@@ -123,19 +123,30 @@ def test_resumes_within_an_epoch(shards, workers):
     assert list(loader.steps(loader.updates)) == []
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_image_keeps_its_erased_rectangle_wherever_batches_are_cut(shards, workers):
+    data = open_data(replace(shards, workers=workers, augment=True, erase_prob=0.7, erase_mode="const"))
+    whole, cut = (list(data.loader("train", 8, share=Share(micro_batch_size=size)).steps()) for size in (None, 3))
+    one, two = (torch.cat([step.images for step in steps]) for steps in (whole, cut))
+    assert torch.equal(one, two)
+    erased = (one == 0).all(1).flatten(1)
+    assert 0 < erased.any(1).sum() < len(one) and not erased.all(1).any()
+
+
 class Killer:
     """A transform that kills its worker at one image, once."""
 
     def __init__(self, transform, note):
         self.transform, self.note, self.count = transform, note, 0
+        self.finish = transform.finish
 
-    def __call__(self, image):
+    def pixels(self, image):
         self.count += 1
         if get_worker_info() is not None and self.count == 9 and not self.note.exists():
             self.note.touch()
             time.sleep(0.3)  # until what was read before has been handed over
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.transform(image)
+        return self.transform.pixels(image)
 
 
 def test_a_dead_worker_is_replaced_and_no_number_changes(shards, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_known_automatic_augmentations(text, picture):
 @pytest.mark.parametrize("text", ["rand-m10-inc1", "augmix-m10", "v0"])
 def test_posterising_to_nothing_is_black(text, picture):
     """Timm's strongest posterising keeps no bit, which Pillow 13 refuses."""
-    augmenters = [automatic(text, 32, (0.5,) * 3), to_train(Data(auto_augment=text), 32).transforms[2]]
+    augmenters = [automatic(text, 32, (0.5,) * 3), to_train(Data(auto_augment=text), 32).change.transforms[2]]
     for augmenter in augmenters:
         ops = augmenter.ops if hasattr(augmenter, "ops") else [op for pair in augmenter.policy for op in pair]
         named = [op for op in ops if op.name.startswith("Posterize")]

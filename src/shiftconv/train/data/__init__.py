@@ -69,7 +69,7 @@ class DataSets:
             batch_size: images per update, on all ranks together.
             shuffle: a new order in each epoch; none: for ``train`` only.
             seed: what orders and random transforms follow from.
-            device: where the images go; for a GPU they are served from pinned memory.
+            device: where the images go. For a GPU they are read into pinned memory, and pictures are normalised there.
             share: the part of this process, where several train together or updates are accumulated.
 
         Raises:
@@ -80,11 +80,12 @@ class DataSets:
         images: Images | StreamImages | None = getattr(self, split)
         if images is None:
             raise ValueError(f"the data set {self.name} has no {split} part")
-        pin = device is not None and device.type == "cuda"
         shuffle = split == "train" if shuffle is None else shuffle
         if isinstance(images, StreamImages):
             training, workers = shuffle and split == "train", self.workers
-            return StreamLoader(images, batch_size, training=training, workers=workers, seed=seed, pin=pin, share=share)
+            return StreamLoader(
+                images, batch_size, training=training, workers=workers, seed=seed, device=device, share=share
+            )
         skip_bad = self.skip_bad and shuffle and split == "train"
         return Loader(
             images,
@@ -92,7 +93,7 @@ class DataSets:
             shuffle=shuffle,
             workers=self.workers,
             seed=seed,
-            pin=pin,
+            device=device,
             share=share,
             skip_bad=skip_bad,
         )

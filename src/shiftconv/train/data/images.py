@@ -1,22 +1,21 @@
 """Data sets of pictures: in memory as one uint8 tensor, or files on disk. Each serves normalised batches."""
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from shiftconv.train.seed import Stream, derive, generator, seeded
+from shiftconv.train.data.pixels import Look, Normalisation, Sample
+from shiftconv.train.seed import Stream, derive, generator, reseed, seeded
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation per channel, of values in 0..1
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -121,16 +120,16 @@ def _crop(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Te
 
 
 class Pictures(Dataset[tuple[Tensor, int] | BadImage], ABC):
-    """Pictures that are read one by one.
+    """Pictures that are read one by one. An index gives one as the network sees it, ``read_all`` as it is handed over.
 
     Random transforms of image ``i`` follow from the seed, the epoch and ``i``, whoever reads it.
 
     Args:
-        transform: from a PIL picture in RGB to a normalised float32 tensor ``[3, H, W]``.
+        transform: what a network sees of them.
         draws: whether the transform draws random numbers.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor], draws: bool = True) -> None:
+    def __init__(self, transform: Look, draws: bool = True) -> None:
         self.transform, self.draws = transform, draws
         self.start_epoch(0, 0)
 
@@ -149,14 +148,24 @@ class Pictures(Dataset[tuple[Tensor, int] | BadImage], ABC):
         self.seed, self.epoch = seed, epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
+        (sample,) = self.read_all([index])
+        if isinstance(sample, BadImage):
+            return sample
+        return self.transform.finish(sample.pixels[None], [sample.erased])[0], sample.label
+
+    def read_all(self, indices: Sequence[int]) -> list[Sample | BadImage]:
+        """These pictures as they are handed over."""
+        with untouched() if self.draws else nullcontext():
+            return [self._sample(index) for index in indices]
+
+    def _sample(self, index: int) -> Sample | BadImage:
         try:
             image, label = self.read(index)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that PIL raises
             return BadImage(self.where(index), str(error) or type(error).__name__)
-        if not self.draws:
-            return self.transform(image), label
-        with drawing(self.seed, self.epoch, index):
-            return self.transform(image), label
+        if self.draws:
+            reseed(derive(self.seed, Stream.AUGMENT, self.epoch, index), CPU)
+        return Sample(*self.transform.pixels(image), label)
 
 
 class FileImages(Pictures):
@@ -168,9 +177,7 @@ class FileImages(Pictures):
         draws: as of ``Pictures``.
     """
 
-    def __init__(
-        self, samples: Sequence[tuple[Path, int]], transform: Callable[[Image.Image], Tensor], draws: bool = True
-    ) -> None:
+    def __init__(self, samples: Sequence[tuple[Path, int]], transform: Look, draws: bool = True) -> None:
         super().__init__(transform, draws)
         self.samples = list(samples)
 
@@ -180,27 +187,37 @@ class FileImages(Pictures):
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         with Image.open(path) as file:
-            return file.convert("RGB"), label
+            return in_rgb(file), label
 
     def where(self, index: int) -> Path:
         return self.samples[index][0]
 
 
+def in_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB, its pixels read; itself where it is, for PIL's ``convert`` would copy it."""
+    picture.load()
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Put the global generators back at the end of the block.
+
+    A worker draws nothing else, so there it need not be done, which takes longer than to seed them.
+    """
+    if get_worker_info() is None:
+        with seeded(0):
+            yield
+    else:
+        yield
+
+
 @contextmanager
 def drawing(seed: int, epoch: int, *parts: int) -> Iterator[None]:
-    """Let the global generators, from which timm's transforms draw, follow from these numbers.
-
-    A worker draws nothing else, so there they need not be put back, which takes longer than to seed them.
-    """
-    number = derive(seed, Stream.AUGMENT, epoch, *parts)
-    if get_worker_info() is None:
-        with seeded(number):
-            yield
-        return
-    random.seed(number)
-    np.random.seed(number)  # noqa: NPY002 - timm's RandAugment draws from it
-    torch.default_generator.manual_seed(number)
-    yield
+    """Let the global generators, from which timm's transforms draw, follow from these numbers."""
+    with untouched():
+        reseed(derive(seed, Stream.AUGMENT, epoch, *parts), CPU)
+        yield
 
 
 Images = MemoryImages | Pictures

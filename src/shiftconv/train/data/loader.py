@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from shiftconv.train.data.images import BadImage, Images, MemoryImages
+from shiftconv.train.data.pixels import Patch, Sample
 from shiftconv.train.data.serving import PREFETCH, Batch, MicroBatch, Served, Serving
 from shiftconv.train.data.share import ALL, Piece, Share, deal
 from shiftconv.train.seed import Stream, generator
@@ -26,7 +27,7 @@ class Loader(Serving):
         shuffle: a new order in each epoch; otherwise the order of the data set.
         workers: as of ``Serving``.
         seed: what orders and random transforms follow from.
-        pin: as of ``Serving``.
+        device: as of ``Serving``; pictures are normalised on it.
         share: as of ``Serving``.
         skip_bad: the place of an image that cannot be read is taken by the next good one of its micro-batch; otherwise
             it is an error.
@@ -43,11 +44,11 @@ class Loader(Serving):
         shuffle: bool = False,
         workers: int = 0,
         seed: int = 0,
-        pin: bool = False,
+        device: torch.device | None = None,
         share: Share = ALL,
         skip_bad: bool = False,
     ) -> None:
-        super().__init__(batch_size, workers=workers, pin=pin, share=share, skip_bad=skip_bad)
+        super().__init__(batch_size, workers=workers, device=device, share=share, skip_bad=skip_bad)
         if len(images) == 0:
             raise ValueError("there is not one image to load")
         self.images, self.shuffle, self.seed = images, shuffle, seed
@@ -69,6 +70,11 @@ class Loader(Serving):
     def __iter__(self) -> Iterator[Batch]:
         order, size = self._order()[self.share.rank :: self.share.world], self.micro_batch
         return self._batches(lambda: (order[start : start + size] for start in range(0, len(order), size)))
+
+    def finish(self, images: Tensor, erased: Sequence[list[Patch]]) -> Tensor:
+        if isinstance(self.images, MemoryImages):
+            return images
+        return self.images.transform.finish(images, erased, self.device)
 
     def _order(self) -> list[int]:
         if not self.shuffle:
@@ -103,22 +109,23 @@ class _Batches(Dataset[Served]):
     def __getitem__(self, indices: list[int]) -> Served:
         if isinstance(self.images, MemoryImages):
             return Served(self.images[indices], [])
-        return collate([self.images[index] for index in indices])
+        return collate(self.images.read_all(indices))
 
 
-def collate(samples: Sequence[tuple[Tensor, int] | BadImage]) -> Served:
+def collate(samples: Sequence[Sample | BadImage]) -> Served:
     """One batch; the next good image, counted round, is in the place of each bad one."""
     bad = [sample for sample in samples if isinstance(sample, BadImage)]
     good = [sample for sample in samples if not isinstance(sample, BadImage)]
     if not good:
         return Served(None, bad)
-    filled: list[tuple[Tensor, int]] = []
+    filled: list[Sample] = []
     following = good[0]
     for sample in reversed(samples):
         following = following if isinstance(sample, BadImage) else sample
         filled.append(following)
-    images, labels = default_collate(filled[::-1])
-    return Served((images, labels), bad)
+    filled.reverse()
+    images, labels = default_collate([(sample.pixels, sample.label) for sample in filled])
+    return Served((images, labels), bad, [sample.erased for sample in filled])
 
 
 def as_it_is(served: Any) -> Any:

@@ -4,15 +4,17 @@ import signal
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shiftconv.train.data.images import BadImage
+from shiftconv.train.data.pixels import Patch
 from shiftconv.train.data.share import ALL, Share
 
 Batch = tuple[Tensor, Tensor]
@@ -39,10 +41,17 @@ class MicroBatch(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What a worker hands over: a batch, or none if no image of it can be read, and what could not be read."""
+    """What a worker hands over.
+
+    Attributes:
+        batch: images, as a rule uint8, and labels; none if no image of them can be read.
+        bad: what could not be read.
+        erased: what is still to be erased of each image.
+    """
 
     batch: Batch | None
     bad: list[BadImage]
+    erased: Sequence[list[Patch]] = ()
 
 
 class Serving(ABC):
@@ -53,7 +62,7 @@ class Serving(ABC):
     Args:
         batch_size: images per update on all ranks together, at least 1.
         workers: processes that read and transform; 0: this one.
-        pin: serve from pinned memory, from which copies to a GPU are quicker.
+        device: where the images go; for a GPU they are served from pinned memory, or on it; none: the CPU.
         share: the part of this process.
         skip_bad: whether an image that cannot be read is passed over; otherwise it is an error.
 
@@ -67,11 +76,18 @@ class Serving(ABC):
     """
 
     def __init__(
-        self, batch_size: int, *, workers: int = 0, pin: bool = False, share: Share = ALL, skip_bad: bool = False
+        self,
+        batch_size: int,
+        *,
+        workers: int = 0,
+        device: torch.device | None = None,
+        share: Share = ALL,
+        skip_bad: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size, self.workers, self.pin, self.share, self.skip_bad = batch_size, workers, pin, share, skip_bad
+        self.batch_size, self.workers, self.share, self.skip_bad = batch_size, workers, share, skip_bad
+        self.device, self.pin = device, device is not None and device.type == "cuda"
         self.epoch = self.restarts = 0
         self.bad: dict[Path, str] = {}
         self.tell: Callable[[str], None] | None = None
@@ -115,6 +131,10 @@ class Serving(ABC):
             ValueError: if an image cannot be read; names the file.
             RuntimeError: if workers die again and again.
         """
+
+    @abstractmethod
+    def finish(self, images: Tensor, erased: Sequence[list[Patch]]) -> Tensor:
+        """What is handed over as the network sees it."""
 
     @property
     def micro_batch(self) -> int:
@@ -166,7 +186,8 @@ class Serving(ABC):
         if self._unread > BAD_SHARE * self._read and self._read >= BAD_READ:
             what = f"{self._unread} of the {self._read} images read so far cannot be read"
             raise ValueError(f"{what}, more than {BAD_SHARE:.0%}; the last are {names}")
-        return served.batch
+        images, labels = served.batch
+        return self.finish(images, served.erased), labels
 
     def _restart(self, deaths: int, error: BaseException) -> None:
         if deaths > RESTARTS:

@@ -6,16 +6,18 @@ ones it follows from the seed and the epoch.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL.Image import Image
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shiftconv.train.data.images import BadImage, drawing
+from shiftconv.train.data.images import BadImage, drawing, in_rgb
 from shiftconv.train.data.loader import as_it_is, collate
+from shiftconv.train.data.pixels import Look, Patch, Sample
 from shiftconv.train.data.serving import PREFETCH, Batch, MicroBatch, Served, Serving
 from shiftconv.train.data.share import ALL, Share, deal
 from shiftconv.train.seed import Stream, derive, generator
@@ -28,14 +30,12 @@ class StreamImages:
         reader: timm's, not yet read from.
         kind: wds, hfids or tfds.
         name: what to call the images in messages.
-        transform: from a PIL picture in RGB to a normalised float32 tensor ``[3, H, W]``.
+        transform: what a network sees of them.
         draws: whether the transform draws random numbers.
         classes: how many there are.
     """
 
-    def __init__(
-        self, reader: Any, kind: str, name: str, transform: Callable[[Image], Tensor], draws: bool, classes: int
-    ) -> None:
+    def __init__(self, reader: Any, kind: str, name: str, transform: Look, draws: bool, classes: int) -> None:
         self.reader, self.kind, self.name = reader, kind, name
         self.transform, self.draws, self.classes = transform, draws, classes
 
@@ -63,7 +63,7 @@ class StreamLoader(Serving):
         training: shuffled and without end, or each image once.
         workers: as of ``Serving``; no more than there are shards for.
         seed: what orders and random transforms follow from.
-        pin: as of ``Serving``.
+        device: as of ``Serving``; images are normalised on it.
         share: as of ``Serving``.
 
     Raises:
@@ -78,10 +78,10 @@ class StreamLoader(Serving):
         training: bool,
         workers: int = 0,
         seed: int = 0,
-        pin: bool = False,
+        device: torch.device | None = None,
         share: Share = ALL,
     ) -> None:
-        super().__init__(batch_size, workers=workers, pin=pin, share=share)
+        super().__init__(batch_size, workers=workers, device=device, share=share)
         if len(images) == 0:
             raise ValueError("there is not one image to load")
         shards = images.shards()
@@ -123,6 +123,9 @@ class StreamLoader(Serving):
             what = f"only {count} of {wanted} images of {self.images.name} can be read"
             raise ValueError(f"{what}; replace or remove the others, or correct the number in _info.json")
 
+    def finish(self, images: Tensor, erased: Sequence[list[Patch]]) -> Tensor:
+        return self.images.transform.finish(images, erased, self.device)
+
     def _expected(self) -> int | None:
         """Images that this rank must read, where the shards tell how many they have; timm passes over bad ones."""
         lengths = self.images.reader.split_info.shard_lengths if self.images.kind == "wds" else ()
@@ -157,17 +160,14 @@ class _Chunks(IterableDataset[Served]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         number = self.place[0] * workers + worker
-        samples: list[tuple[Tensor, int]] = []
+        samples: list[Sample] = []
         for index, (image, label) in enumerate(self._reader(number, workers)):
             if not 0 <= int(label) < self.images.classes:
                 reason = f"its label is {label}, but there are {self.images.classes} classes"
                 yield Served(None, [BadImage(Path(self.images.name), reason)])
                 return
-            if self.images.draws:
-                with drawing(*self.seeds, number, index):
-                    samples.append((self.images.transform(image), int(label)))
-            else:
-                samples.append((self.images.transform(image), int(label)))
+            with drawing(*self.seeds, number, index) if self.images.draws else nullcontext():
+                samples.append(Sample(*self.images.transform.pixels(in_rgb(image)), int(label)))
             if len(samples) == self.chunk:
                 yield collate(samples)
                 samples = []
@@ -203,7 +203,7 @@ def _drop(served: Iterator[Served], batches: int) -> Iterator[Served]:
 
 def _cut(served: Iterator[Served], sizes: list[int], passed: int) -> Iterator[Served]:
     """Batches of these sizes, after so many images that are passed over."""
-    kept: list[Batch] = []
+    kept: list[_Part] = []
     held = 0
     for size in sizes:
         while held < size:
@@ -213,14 +213,29 @@ def _cut(served: Iterator[Served], sizes: list[int], passed: int) -> Iterator[Se
             if chunk.batch is None:
                 yield chunk
                 continue
-            images, labels = chunk.batch
-            over = min(passed, len(labels))
+            part = _Part(*chunk.batch, chunk.erased)
+            over = min(passed, len(part.labels))
             passed -= over
-            if over < len(labels):
-                kept.append((images[over:], labels[over:]))
-                held += len(labels) - over
-        whole = (
-            kept[0] if len(kept) == 1 else (cat([images for images, _ in kept]), cat([labels for _, labels in kept]))
-        )
-        yield Served((whole[0][:size], whole[1][:size]), [])
-        kept, held = ([(whole[0][size:], whole[1][size:])] if held > size else []), held - size
+            if over < len(part.labels):
+                kept.append(part.cut(slice(over, None)))
+                held += len(kept[-1].labels)
+        whole = kept[0] if len(kept) == 1 else _joined(kept)
+        images, labels, erased = whole.cut(slice(size))
+        yield Served((images, labels), [], erased)
+        kept, held = ([whole.cut(slice(size, None))] if held > size else []), held - size
+
+
+class _Part(NamedTuple):
+    """Images that follow one another, their labels, and what is to be erased of each."""
+
+    images: Tensor
+    labels: Tensor
+    erased: Sequence[list[Patch]]
+
+    def cut(self, part: slice) -> "_Part":
+        return _Part(self.images[part], self.labels[part], self.erased[part])
+
+
+def _joined(parts: list[_Part]) -> _Part:
+    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+    return _Part(images, labels, [patches for part in parts for patches in part.erased])

@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
 
 from shiftconv.train.data import transforms
-from shiftconv.train.data.images import Pictures
+from shiftconv.train.data.images import Pictures, in_rgb
+from shiftconv.train.data.pixels import Look
 from shiftconv.train.data.stream import StreamImages
 from shiftconv.train.settings import Data
 
@@ -55,7 +55,7 @@ class TimmImages(Pictures):
         get: Callable[[int], tuple[Any, Any]],
         count: int,
         name: str,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Look,
         draws: bool,
     ) -> None:
         super().__init__(transform, draws)
@@ -68,10 +68,10 @@ class TimmImages(Pictures):
         image, label = self.get(index)
         if not isinstance(image, Image.Image):
             with image, Image.open(image) as file:
-                image = file.convert("RGB")
+                image = in_rgb(file)
         if label is None or int(label) < 0:
             raise ValueError("it has no label")
-        return image.convert("RGB"), int(label)
+        return in_rgb(image), int(label)
 
     def where(self, index: int) -> Path:
         return Path(self.name, f"number {index}")

@@ -22,12 +22,12 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_STD,
 )
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
+from timm.data.transforms import MaybePILToTensor
+from torchvision.transforms import Compose
 
-from shiftconv.train.data.images import Normalisation
+from shiftconv.train.data.pixels import Look, Normalisation
 from shiftconv.train.settings import Data
 
-Transform = Callable[[Image], Tensor]
 NORMALISATIONS: dict[str, Normalisation] = {
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
@@ -35,7 +35,7 @@ NORMALISATIONS: dict[str, Normalisation] = {
 WHOLE_FROM = 384  # from this size on a crop share of 1 means the whole image, as in Liu et al. 2022 (ConvNeXt)
 
 
-def to_train(data: Data, size: int) -> Transform:
+def to_train(data: Data, size: int) -> Look:
     """Random resized crops ``[3, size, size]``, mirrored, changed in colour and erased as the settings say.
 
     Raises:
@@ -48,30 +48,35 @@ def to_train(data: Data, size: int) -> Transform:
         size,
         is_training=True,
         mean=mean,
-        std=std,
         hflip=0.0 if data.flip is False else 0.5,
         interpolation=data.interpolation,
         color_jitter=data.color_jitter or None,  # pyright: ignore[reportArgumentType] - none is timm's word for none
         auto_augment=data.auto_augment,
-        re_prob=data.erase_prob,
-        re_mode=data.erase_mode,
-        re_count=data.erase_count,
+        normalize=False,
     )
     for part in transform.transforms:
         _mend(part)
-    return transform
+    return Look(_pictures(transform), (mean, std), eraser(data))
 
 
-def to_evaluate(data: Data, size: int) -> Transform:
+def to_evaluate(data: Data, size: int) -> Look:
     """The centre ``[3, size, size]`` of the image, its shorter side resized to ``size / crop_share`` before.
 
     From 384 pixels on a crop share of 1 resizes the whole image to the square, whatever its shape.
     """
     mean, std = NORMALISATIONS[data.mean]
     mode = "squash" if size >= WHOLE_FROM and data.crop_share == 1 else "center"
-    return create_transform(  # pyright: ignore[reportReturnType]
-        size, mean=mean, std=std, interpolation="bicubic", crop_pct=data.crop_share, crop_mode=mode
+    transform = create_transform(
+        size, interpolation="bicubic", crop_pct=data.crop_share, crop_mode=mode, normalize=False
     )
+    return Look(_pictures(transform), (mean, std))
+
+
+def _pictures(transform: Any) -> Callable[[Image], Image]:
+    """Timm's transform without its last step, which makes a tensor of a picture."""
+    *parts, last = transform.transforms
+    assert isinstance(last, MaybePILToTensor)
+    return Compose(parts)
 
 
 def automatic(text: str, size: int, mean: tuple[float, ...]) -> Callable[[Image], Image]:
