@@ -3,8 +3,7 @@
 The recipes ``digits_noisy`` (the student without teacher), ``digits_noisy_teacher`` and ``digits_noisy_distilled``, and
 the last one with other losses. All students have the same network, images, wrong labels, augmentation, optimiser, rate
 and epochs; a seed draws weights and order, and the teacher of a seed has that seed. Wrong labels are in the training
-part only: validation chooses the epoch by right ones, of each run alike, which favours whoever would learn the wrong
-ones later. The test images choose nothing.
+part only: validation chooses the epoch by right ones, of each run alike. The test images choose nothing.
 
 The setting was chosen by validation accuracy with the seeds of ``--case choice``, which are others than those of
 ``--case report``; so was the rate of the student without teacher. Rows go to ``results/distill_digits.csv``.

@@ -94,7 +94,6 @@ def test_variants_differ_in_what_their_names_say():
     assert between(coarse, f"{coarse}_paths") == {"model_args.num_paths"}
     assert between("shiftwise_tiny_300ep", "shiftwise_tiny_300ep_density80") == {"sparse.density"}
     assert between("fenet_100_480ep_released", "fenet_100_480ep_released_aa") == {"data.auto_augment"}
-    assert between("digits_noisy", "digits_noisy_teacher") == {"model", "model_args.expansion"}
 
 
 def test_noisy_digits_share_their_wrong_labels():

@@ -145,7 +145,7 @@ def _whole(word: str) -> str:
     """A short option as the parser has it."""
     name, equals, value = word.partition("=")
     bare = name.removeprefix("--").replace("-", "_")
-    return f"--distill.{bare}{equals}{value}" if name.startswith("--") and bare in _SHORT else word
+    return f"--distill.{bare}{equals}{value}" if name.startswith("--") and bare.partition(".")[0] in _SHORT else word
 
 
 def _value(argv: list[str], option: str) -> str | None:

@@ -30,7 +30,7 @@ def digits_noisy() -> Recipe:
 
 
 def digits_noisy_teacher() -> Recipe:
-    """A residual network with five times as many parameters; mixed images keep it from learning wrong labels."""
+    """A residual network with five times as many parameters; it trains with mixed images."""
     return replace(
         digits_noisy(),
         model="resnet18",

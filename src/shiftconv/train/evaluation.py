@@ -75,8 +75,8 @@ class Meter:
             count: no: these images are a repetition.
         """
         if count:
-            loss = loss.detach().double().view(1) * len(targets)
-            self._sums += torch.cat([loss, self._task.counts(outputs, targets)])
+            self._sums[0] += loss.detach() * len(targets)
+            self._sums[1:] += self._task.counts(outputs, targets)
             self.images += len(targets)
 
     def due(self, every: float = 0.2) -> bool:

@@ -1,7 +1,7 @@
 """One network on many devices: copies that average their gradients (DDP), or pieces (FSDP2), and what they exchange."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -56,15 +56,20 @@ def _has_list(module: nn.Module) -> bool:
 
 
 @contextmanager
-def gradients_stay(net: nn.Module, wanted: bool) -> Iterator[None]:
-    """Within the block a backward pass keeps its gradients to itself, if wanted: more are going to be added."""
+def gradients_stay(net: nn.Module, pieces: Sequence[FSDPModule], wanted: bool) -> Iterator[None]:
+    """Within the block a backward pass keeps its gradients to itself, if wanted: more are going to be added.
+
+    Args:
+        net: what ``wrap`` gave, or a task in pieces.
+        pieces: of it, as ``in_pieces`` finds them.
+        wanted: whether to.
+    """
     if isinstance(net, DistributedDataParallel) and wanted:
         with net.no_sync():
             yield
         return
-    for part in net.modules():
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(not wanted, recurse=False)
+    for part in pieces:
+        part.set_requires_gradient_sync(not wanted, recurse=False)
     yield
 
 
@@ -126,7 +131,7 @@ class _Synchronised:
 
 def weights(module: nn.Module) -> dict[str, Any]:
     """The whole state dict of a module; of pieces every process has to ask for it, and the first one gets it."""
-    return get_model_state_dict(module, options=_WHOLE) if _in_pieces(module) else module.state_dict()
+    return get_model_state_dict(module, options=_WHOLE) if in_pieces(module) else module.state_dict()
 
 
 def finite(module: nn.Module, state: dict[str, Any]) -> bool:
@@ -137,7 +142,7 @@ def finite(module: nn.Module, state: dict[str, Any]) -> bool:
 
 def load_weights(module: nn.Module, state: dict[str, Any]) -> None:
     """Load what ``weights`` gave, whatever the number of processes was."""
-    if _in_pieces(module):
+    if in_pieces(module):
         set_model_state_dict(module, state, options=_WHOLE)
     else:
         module.load_state_dict(state)
@@ -145,7 +150,7 @@ def load_weights(module: nn.Module, state: dict[str, Any]) -> None:
 
 def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The state dict of the optimiser over the task's parameters, for pieces as for whole weights; as ``weights``."""
-    if not _in_pieces(task):
+    if not in_pieces(task):
         return optimizer.state_dict()
     numbers = {name: number for number, name in enumerate(_names(task, optimizer))}
     found: dict[str, Any] = get_optimizer_state_dict(task, optimizer, options=_WHOLE)
@@ -160,7 +165,7 @@ def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 def load_moments(task: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what ``moments`` gave, whatever the number of processes was."""
-    if not _in_pieces(task):
+    if not in_pieces(task):
         optimizer.load_state_dict(state)
         return
     names = _names(task, optimizer)
@@ -175,8 +180,9 @@ def _names(task: nn.Module, optimizer: Optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _in_pieces(module: nn.Module) -> bool:
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+def in_pieces(module: nn.Module) -> list[FSDPModule]:
+    """The parts of a module whose weights are cut; none of one that is whole."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def first_does(ranks: Ranks, function: Callable[[], T]) -> T:

@@ -83,8 +83,17 @@ class Classification(Task):
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets), logits
 
     def counts(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        ranks = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
-        return torch.stack([ranks[:, 0].sum(), ranks.sum()]).double()
+        """How often the right class is the most probable one, the second, and so on to the fifth."""
+        found = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
+        places = found.sum(0, dtype=torch.float64)
+        return places if len(places) == self.width else nn.functional.pad(places, (0, self.width - len(places)))
+
+    @property
+    def width(self) -> int:
+        return 5
+
+    def read(self, counts: Sequence[float], examples: int) -> dict[str, float]:
+        return {"top1": counts[0] / max(1, examples), "top5": sum(counts) / max(1, examples)}
 
 
 class Segmentation(Task):

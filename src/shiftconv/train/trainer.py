@@ -87,6 +87,7 @@ class Trainer:
         self.model = self.task.network  # of another task the recipe's network may be a part
         self.ema = None if recipe.ema_decay is None else self._average(recipe.ema_decay)
         self.net = self._prepare()
+        self._pieces = parallel.in_pieces(self.net)
         self.optimizer = create_optimizer(self.model, recipe.optim, self.task.beside.values())
         self.loader = self._loader("train")
         self.schedules = Schedules(self.optimizer, recipe.optim, recipe.epochs, len(self.loader))
@@ -226,7 +227,7 @@ class Trainer:
         targets = labels
         if self.mixer is not None:
             inputs, targets = self.mixer(inputs, labels, epoch, self.step, number)
-        with peers(), parallel.gradients_stay(self.net, not micro.ends):
+        with peers(), parallel.gradients_stay(self.net, self._pieces, not micro.ends):
             with self.compute.autocast():
                 loss, outputs = self.net(inputs, targets)
             self.scaler.scale(loss * (micro.share * self.ranks.world)).backward()
