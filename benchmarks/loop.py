@@ -71,7 +71,12 @@ def measure(recipe: Recipe, rounds: int) -> tuple[list[float], list[float]]:
     bare: list[float] = []
     ours: list[float] = []
     with StopRequest() as stop:
-        trainer.after_update = lambda: (stop.asked(Ranks()), time.monotonic())[0] and None
+
+        def after_update() -> None:
+            stop.asked(Ranks())
+            time.monotonic()
+
+        trainer.after_update = after_update
         for number in range(rounds + 1):
             start = time.thread_time()
             steps = bare_epoch(trainer)
@@ -87,7 +92,7 @@ def measure(recipe: Recipe, rounds: int) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description="What the training loop costs.")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
