@@ -40,7 +40,8 @@ def test_gpus_start_the_same_line_again(launched):
 
 
 def test_a_launched_process_launches_none(launched, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     seen = []
     monkeypatch.setattr("shiftconv.train.loop.train", lambda *arguments, **where: seen.append(where))
     main(words("train shiftresnet20_digits --gpus 2"))

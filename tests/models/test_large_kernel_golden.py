@@ -44,13 +44,7 @@ WRAPPERS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads cost more than they give, where several workers share the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _normal(name, shape):

@@ -34,13 +34,7 @@ every_family = pytest.mark.parametrize("family", SMALL)
 main_families = pytest.mark.parametrize("family", MAIN)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More cost such small networks more than they give, where several workers share the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(family, dtype=torch.float32, **kw):

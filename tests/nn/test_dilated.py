@@ -21,13 +21,7 @@ BESIDE = {  # small kernels and the distances of their taps, as in Table 1 of th
 every_size = pytest.mark.parametrize("size", BESIDE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads cost more than they give, where several workers share the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(size, dim=3, dtype=torch.float64):

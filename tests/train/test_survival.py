@@ -36,13 +36,7 @@ from .disturbed import make_program, notes, same_run, told, train, write_recipe
 SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes that are compared have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

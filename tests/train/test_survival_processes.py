@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from shiftconv.cli import main
 from shiftconv.train import checkpoint as ck
@@ -19,17 +18,8 @@ from .conftest import make_pictures
 from .disturbed import alive, make_program, result, rows, same_run, start, told, train, write_recipe
 from .processes import distance
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 PAIR = ("--gpus", 2, "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes that are compared have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from shiftconv.analysis.mode import evaluating
 from shiftconv.distill import MGD, FeatureLoss, dist, kd, nkd
 from shiftconv.models import create_model
 from shiftconv.models.convert import load_checkpoint
@@ -186,14 +187,8 @@ def _channels(network: nn.Module, image_size: int, device: torch.device) -> int:
     ):
         name = type(network).__name__
         raise ValueError(f"distill.features needs networks with timm's forward_intermediates, which {name} has not")
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            _, found = _look(network, torch.zeros(1, 3, image_size, image_size, device=device), with_map=True)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(network), torch.no_grad():
+        _, found = _look(network, torch.zeros(1, 3, image_size, image_size, device=device), with_map=True)
     assert found is not None
     if found.ndim != 4:
         raise ValueError(f"distill.features needs maps [N, C, H, W]; {type(network).__name__} gives {[*found.shape]}")

@@ -36,13 +36,7 @@ every_layout = pytest.mark.parametrize("layout", MINI)
 named_layout = pytest.mark.parametrize("layout", NAMED)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads cost more than they give, where several workers share the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(network, seed=0):

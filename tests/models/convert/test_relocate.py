@@ -13,13 +13,7 @@ SIZES = [(51, 49, 45, 13), (45, 15, 9, 7), (13, 9, 7, 51), (9, 10, 11, 12)]
 every_size = pytest.mark.parametrize("sizes", SIZES, ids=str)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads cost more than they give, where several workers share the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(network, seed=0):
