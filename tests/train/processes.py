@@ -43,12 +43,13 @@ def run(recipe, out, world, dtype="float64", resume=""):
     return Path(out)
 
 
-def start(arguments, world, script=SCRIPT, restarts=0):
-    """Processes under torchrun that run a script."""
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"shiftconv-test-{os.getpid()}.py"
+def start(arguments, world, script=SCRIPT):
+    """Processes under torchrun that run a script, which lies beside the run's folder."""
+    out = Path(arguments[1])
+    path = out.parent / f"{out.name}.py"
     path.write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [*torchrun, f"--nproc-per-node={world}", f"--max-restarts={restarts}", "--local-addr=localhost"]
+    command = [*torchrun, f"--nproc-per-node={world}", "--local-addr=localhost"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, str(path), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
