@@ -130,9 +130,3 @@ def collate(samples: Sequence[Sample | BadImage]) -> Served:
 
 def as_it_is(served: Any) -> Any:
     return served
-
-
-def to_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images, labels = batch
-    return images.to(device, non_blocking=True, memory_format=layout), labels.to(device, non_blocking=True)
